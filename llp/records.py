@@ -1,0 +1,495 @@
+"""The frozen records that flow through every room, and their JSON form.
+
+Words used everywhere: a *trial* is one configuration of hyperparameters. A *rung* is an integer
+step of the budget ladder and stands for a data fraction and a number of epochs. A *job* is the unit
+of work a worker gets: one trial on one rung (`probe`), the landscape around one checkpoint
+(`measure`), or one full training (`verify`). Cost is counted in *samples seen*: training examples
+that went through a forward and backward pass, repeats counted.
+
+Only these records cross a process boundary; tensors stay in the worker and weights travel as
+`CheckpointRef`. An outcome is a value: a diverged or failed job is a `JobEnd`, not an exception.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+HyperparameterValue = bool | int | float | str
+JobKind = Literal["probe", "measure", "verify"]
+Outcome = Literal["completed", "stopped", "diverged", "failed", "out_of_memory"]
+OUTCOMES: tuple[Outcome, ...] = ("completed", "stopped", "diverged", "failed", "out_of_memory")
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A closed interval `[low, high]` meant to cover the truth with probability `level`."""
+
+    low: float
+    high: float
+    level: float = 0.9
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One configuration.
+
+    Attributes:
+        trial_id: `t000`, `t001`, ... in the order of suggestion.
+        hyperparameters: The searched values, spelled as in the YAML; absent when inactive.
+        seed: Seed of initialisation and data order for its probes.
+        bracket: Hyperband bracket (0 for other schedulers).
+    """
+
+    trial_id: str
+    hyperparameters: Mapping[str, HyperparameterValue]
+    seed: int
+    bracket: int = 0
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One step of the budget ladder.
+
+    Attributes:
+        rung: 1-based number; rung R is the highest.
+        data_fraction: Share of the training set, in (0, 1].
+        num_examples: Number of training images in the nested subset.
+        epochs: Passes over that subset; a rung finishes its own learning-rate schedule.
+    """
+
+    rung: int
+    data_fraction: float
+    num_examples: int
+    epochs: int
+
+    @property
+    def samples_seen(self) -> int:
+        """Training examples processed when the rung runs to its end."""
+        return self.num_examples * self.epochs
+
+
+@dataclass(frozen=True)
+class CheckpointRef:
+    """Weights on disk: path relative to the study folder, and the sha256 of the file's bytes."""
+
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """One evaluation during training, made after `epoch` epochs of the job.
+
+    Attributes:
+        rung: Rung being trained (for `verify` jobs: highest rung + 1).
+        data_fraction: Share of the training set in use.
+        epoch: Completed epochs within this job, 1-based.
+        samples_seen: Training examples processed within this job so far.
+        train_loss: Mean training loss over the epoch (as optimised, with augmentation).
+        train_accuracy: Training accuracy over the epoch, in [0, 1].
+        validation_loss: Mean cross-entropy on the validation split.
+        validation_accuracy: Accuracy on the validation split, in [0, 1].
+        seconds: Wall-clock seconds of the job so far (monotonic clock).
+        learning_rate: Learning rate at the end of the epoch.
+    """
+
+    rung: int
+    data_fraction: float
+    epoch: int
+    samples_seen: int
+    train_loss: float
+    train_accuracy: float
+    validation_loss: float
+    validation_accuracy: float
+    seconds: float
+    learning_rate: float = math.nan
+
+
+@dataclass(frozen=True)
+class LearningCurve:
+    """The points of one job in order of epoch."""
+
+    trial_id: str
+    rung: int
+    points: tuple[CurvePoint, ...] = ()
+
+
+@dataclass(frozen=True)
+class Job:
+    """A unit of work for one worker.
+
+    Attributes:
+        job_id: Unique in the study: `t007-r2`, `t007-m`, `t007-v1`; retries share it.
+        kind: `probe`, `measure` or `verify`.
+        trial: The configuration.
+        rung: Budget of the job; for `measure` the rung whose checkpoint is measured.
+        seed: Seed of initialisation and data order.
+        attempt: 0 for the first try, then 1, 2, ...
+        start_from: Checkpoint whose weights the job starts from (warm promotion, measure).
+        micro_batch_divisor: Batches are split into this many accumulated parts (out-of-memory
+            retry); the result is the same up to rounding and batch statistics.
+    """
+
+    job_id: str
+    kind: JobKind
+    trial: Trial
+    rung: Rung
+    seed: int
+    attempt: int = 0
+    start_from: CheckpointRef | None = None
+    micro_batch_divisor: int = 1
+
+
+@dataclass(frozen=True)
+class StopDecision:
+    """The verdict of a stop rule on a running job.
+
+    Attributes:
+        stop: True to end the job now.
+        reason: Short stable word such as `power_law`, `plateau`, `time_limit`; empty when going on.
+        predicted_final: Forecast of the rung's final metric, where the rule makes one.
+        detail: One sentence with the numbers behind the verdict.
+    """
+
+    stop: bool
+    reason: str = ""
+    predicted_final: Interval | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class JobEnd:
+    """How a job ended. The outcome is a value, never an exception.
+
+    Attributes:
+        job_id: The job.
+        trial_id: Its trial.
+        outcome: `completed`, `stopped`, `diverged`, `failed` or `out_of_memory`.
+        stopped_by: Reason word of the stop decision; empty unless `stopped`.
+        failure: Traceback or message; empty unless the outcome is a failure.
+        checkpoint: Final weights, durable before this record is written; None when there are none.
+        samples_seen: Training examples processed by this attempt, evaluation not counted.
+        seconds: Wall-clock seconds on the worker.
+        peak_memory_bytes: Peak resident (CPU) or allocated (CUDA) memory of the worker.
+        device: `cpu`, or the GPU's name.
+    """
+
+    job_id: str
+    trial_id: str
+    outcome: Outcome
+    stopped_by: str = ""
+    failure: str = ""
+    checkpoint: CheckpointRef | None = None
+    samples_seen: int = 0
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """Everything tier 1 knows about one trial.
+
+    Attributes:
+        trial: The configuration.
+        curves: One curve per rung it was trained on, in order.
+        outcome: Outcome of its last job; a trial that ended its last rung but was not promoted
+            further is `completed`.
+        stopped_by: Why it got no more budget: a stop rule's reason word, `rung N` when it was not
+            promoted from rung N, or empty when it reached the top or failed.
+        failure: Traceback or message of a failure.
+        checkpoint: Weights at the end of its highest finished rung.
+        samples_seen: Over all its probe jobs.
+        seconds: Over all its probe jobs.
+    """
+
+    trial: Trial
+    curves: tuple[LearningCurve, ...]
+    outcome: Outcome
+    stopped_by: str = ""
+    failure: str = ""
+    checkpoint: CheckpointRef | None = None
+    samples_seen: int = 0
+    seconds: float = 0.0
+
+    @property
+    def last(self) -> CurvePoint | None:
+        """The last point of its highest rung, or None when it never reported."""
+        for curve in reversed(self.curves):
+            if curve.points:
+                return curve.points[-1]
+        return None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One number about the loss landscape around a checkpoint.
+
+    Attributes:
+        name: A row of `registry.METRICS`, with a suffix for a series, e.g. `hessian_eigenvalue_1`.
+        value: The estimate; NaN when it could not be measured (see `note`).
+        standard_error: Of the estimate, over probes, examples or perturbations; NaN when unknown.
+        higher_is_better: Believed direction for generalization; None when it must be learnt.
+        num_examples: Training examples it was computed on.
+        seconds: Wall-clock cost.
+        note: Residual, convergence or failure in words.
+    """
+
+    name: str
+    value: float
+    standard_error: float
+    higher_is_better: bool | None
+    num_examples: int
+    seconds: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class FlatnessProfile:
+    """The tier-2 measurements of one trial, on unaugmented training examples in eval mode."""
+
+    trial_id: str
+    measurements: tuple[Measurement, ...]
+    seconds: float
+    device: str = "cpu"
+
+    def __getitem__(self, name: str) -> Measurement:
+        for measurement in self.measurements:
+            if measurement.name == name:
+                return measurement
+        raise KeyError(name)
+
+
+@dataclass(frozen=True)
+class GeneralizationScore:
+    """The combined score of one trial. Higher is better.
+
+    Attributes:
+        trial_id: The trial.
+        value: The score, in the unit that `preset` defines.
+        interval: Uncertainty of the score from the uncertainty of its inputs.
+        contributions: Term -> its addend; they sum to `value`.
+        probability_best: P(this trial has the highest score), from the same draws.
+        preset: Name of the formula.
+    """
+
+    trial_id: str
+    value: float
+    interval: Interval
+    contributions: Mapping[str, float]
+    probability_best: float
+    preset: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """One full training of one configuration with one seed; the only place the test split is read.
+
+    Attributes:
+        trial_id: The configuration.
+        seed: Seed of this training.
+        test_accuracy: Accuracy on the whole test split after the last epoch, in [0, 1].
+        test_loss: Mean cross-entropy on the test split.
+        validation_accuracy: Accuracy on the validation split, in [0, 1].
+        validation_loss: Mean cross-entropy on the validation split.
+        num_test_examples: Size of the test split.
+        samples_seen: Training examples processed.
+        seconds: Wall-clock seconds.
+    """
+
+    trial_id: str
+    seed: int
+    test_accuracy: float
+    test_loss: float
+    validation_accuracy: float
+    validation_loss: float
+    num_test_examples: int
+    samples_seen: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One recorded choice of tier 1, a pure function of the ledger before it.
+
+    Attributes:
+        kind: `promote` (to `rung`), `stop` (within `rung`), `retry`, or `new` (a new trial).
+        trial_id: The trial it is about.
+        rung: The rung it is about.
+        reason: Why, in words a user can check against the numbers.
+        predicted_final: Forecast behind a stop.
+    """
+
+    kind: Literal["new", "promote", "stop", "retry"]
+    trial_id: str
+    rung: int
+    reason: str = ""
+    predicted_final: Interval | None = None
+
+
+@dataclass(frozen=True)
+class AblationRow:
+    """How well one ranking agrees with the verified results (or with a named stand-in).
+
+    Attributes:
+        name: `validation_accuracy`, `validation_loss`, `T1`, `T1+T2`, ...
+        tau: Kendall's tau-b against the target.
+        interval: Bootstrap interval of tau.
+        regret_at_1: Best target minus target of the first-ranked, in percentage points.
+        regret_at_5: Best target minus best target among the first five, in percentage points.
+        samples_seen: Cost of obtaining this ranking, metrics included.
+        num_trials: Trials compared.
+    """
+
+    name: str
+    tau: float
+    interval: Interval
+    regret_at_1: float
+    regret_at_5: float
+    samples_seen: int
+    num_trials: int
+
+
+@dataclass(frozen=True)
+class ScoreReport:
+    """All scores of a study with the evidence for or against tier 2.
+
+    Attributes:
+        preset: Formula in force (after any fallback).
+        scores: Best first.
+        weights: Term -> weight in force.
+        sentence: Whether flatness helped here, made from the numbers.
+        ablation: One row per way of ranking; empty when there is nothing to compare with.
+        ties: Groups of trial ids that cannot be told apart.
+    """
+
+    preset: str
+    scores: tuple[GeneralizationScore, ...]
+    weights: Mapping[str, float]
+    sentence: str
+    ablation: tuple[AblationRow, ...] = ()
+    ties: tuple[tuple[str, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the study spent, in training examples that went through a training step.
+
+    Attributes:
+        tier1: By probes.
+        tier2: By refinements, and by measurements in gradient equivalents.
+        verification: By full trainings.
+        full_search: What training every configuration fully once would have taken.
+        seconds: Wall-clock seconds by phase.
+    """
+
+    tier1: int
+    tier2: int
+    verification: int
+    full_search: int
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """A whole study as its ledger tells it; what reports, exports and MLflow are made from.
+
+    Attributes:
+        study_id: Name of the study folder.
+        spec_digest: sha256 of what determines the results (not resources, tracking, output).
+        spec: The validated spec as plain data.
+        status: `running`, `interrupted`, `finished` or `failed`.
+        rungs: The ladder.
+        trials: In order of suggestion.
+        decisions: In order.
+        profiles: Tier-2 measurements.
+        score_report: None until scoring.
+        verifications: One per (trial, seed).
+        winner: Trial id of the verified best; None until then.
+        winner_reason: Why it won, in one sentence.
+        cost: What was spent.
+        environment: Versions, hardware, command, git commit.
+        started: Unix time of the first event.
+        finished: Unix time of the last event.
+    """
+
+    study_id: str
+    spec_digest: str
+    spec: Mapping[str, Any]
+    status: Literal["running", "interrupted", "finished", "failed"]
+    rungs: tuple[Rung, ...]
+    trials: tuple[TrialResult, ...]
+    decisions: tuple[Decision, ...]
+    profiles: tuple[FlatnessProfile, ...]
+    score_report: ScoreReport | None
+    verifications: tuple[Verification, ...]
+    winner: str | None
+    winner_reason: str
+    cost: Cost
+    environment: Mapping[str, Any]
+    started: float
+    finished: float
+
+
+Record = TypeVar("Record")
+
+
+def to_plain(value: Any) -> Any:
+    """`value` as JSON-safe data: dataclasses become dicts, non-finite floats become None.
+
+    >>> to_plain(Interval(0.0, float("inf")))
+    {'low': 0.0, 'high': None, 'level': 0.9}
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, str | bool | int) or value is None:
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Sequence | set | frozenset):
+        return [to_plain(item) for item in value]
+    if hasattr(value, "item"):  # numpy scalars
+        return to_plain(value.item())
+    raise TypeError(f"{type(value).__name__} cannot be written to the ledger: {value!r}")
+
+
+def from_plain(cls: type[Record], data: Mapping[str, Any]) -> Record:
+    """The record of type `cls` that `to_plain` turned into `data`; None floats become NaN.
+
+    Raises:
+        KeyError: A field without a default is missing.
+    """
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for f in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if f.name in data:
+            values[f.name] = _decode(hints[f.name], data[f.name])
+        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise KeyError(f"{cls.__name__}.{f.name} is missing")
+    return cls(**values)
+
+
+def _decode(hint: Any, value: Any) -> Any:
+    if hint is float:
+        return math.nan if value is None else float(value)
+    if dataclasses.is_dataclass(hint):
+        return from_plain(hint, value)  # type: ignore[arg-type]
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        concrete = [a for a in arguments if a is not type(None)]
+        return _decode(concrete[0], value) if len(concrete) == 1 else value
+    if origin is tuple:
+        return tuple(_decode(arguments[0], item) for item in value)
+    if origin is not None and isinstance(value, Mapping):
+        return {key: _decode(arguments[1], item) for key, item in value.items()}
+    return value
