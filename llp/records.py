@@ -13,6 +13,7 @@ Only these records cross a process boundary; tensors stay in the worker and weig
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -467,7 +468,7 @@ def from_plain(cls: type[Record], data: Mapping[str, Any]) -> Record:
     Raises:
         KeyError: A field without a default is missing.
     """
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)  # type: ignore[arg-type]
     values = {}
     for f in dataclasses.fields(cls):  # type: ignore[arg-type]
         if f.name in data:
@@ -475,6 +476,11 @@ def from_plain(cls: type[Record], data: Mapping[str, Any]) -> Record:
         elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise KeyError(f"{cls.__name__}.{f.name} is missing")
     return cls(**values)
+
+
+@functools.cache
+def _hints(cls: type[Any]) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def _decode(hint: Any, value: Any) -> Any:

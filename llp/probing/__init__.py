@@ -1,0 +1,1 @@
+"""Tier 1 as pure decisions: budgets, promotion, stop rules. numpy and scipy only, no Ray."""

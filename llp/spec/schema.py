@@ -3,20 +3,32 @@
 Each section is owned by one room. A key that is not here is an error, and so is a hyperparameter
 that nothing reads. Checks that need other files' knowledge (names in tables, which options a model
 takes) live in `spec.checks`; this file is about shape, types and ranges.
+
+Loaded from a file, a spec remembers where each key stood, so that a problem found later (when the
+size of the dataset is known, say) still points to a line: `Spec.problem`.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import itertools
+from typing import Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
-from llp.records import HyperparameterValue
-from llp.spec.domains import Domain, as_domain
+from llp.errors import Problem
+from llp.spec.domains import Domain, Frozen, Number, Value, Whole, as_domain, wrong
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+class Locator(Protocol):
+    """Knows where a dotted path stands in the file a spec was loaded from."""
+
+    def problem(self, path: tuple[str | int, ...], message: str) -> Problem:
+        """`message` about the value at `path`."""
+        ...
+
+
+class _Section(Frozen):
+    pass
 
 
 class DatasetSpec(_Section):
@@ -27,8 +39,10 @@ class DatasetSpec(_Section):
         default=None, description="folder with the files; relative to where llp runs"
     )
     download: bool = Field(default=False, description="let torchvision download what is missing")
-    validation_fraction: float = Field(default=0.15, gt=0, lt=0.9)
-    max_train_examples: int | None = Field(
+    validation_fraction: Number = Field(
+        default=0.15, gt=0, lt=0.9, description="share of the training images kept for validation"
+    )
+    max_train_examples: Whole | None = Field(
         default=None, ge=1, description="use only this many training images, class-balanced"
     )
     options: dict[str, Any] = Field(default_factory=dict, description="arguments of the dataset")
@@ -38,7 +52,7 @@ class ModelSpec(_Section):
     """Which network."""
 
     name: str = Field(description="a row of `llp list models`, or my_package:build_model")
-    options: dict[str, HyperparameterValue] = Field(
+    options: dict[str, Value] = Field(
         default_factory=dict, description="arguments of the model that are not searched"
     )
 
@@ -46,28 +60,38 @@ class ModelSpec(_Section):
 class TrainingSpec(_Section):
     """The training recipe. A search-space parameter of the same name overrides a value here."""
 
-    optimizer: str = "sgd"
-    learning_rate: float = Field(default=0.1, gt=0)
-    weight_decay: float = Field(default=5e-4, ge=0)
-    optimizer_options: dict[str, HyperparameterValue] = Field(default_factory=dict)
-    schedule: str = "cosine"
-    warmup_fraction: float = Field(
+    optimizer: str = Field(default="sgd", description="a row of `llp list optimizers`")
+    learning_rate: Number = Field(default=0.1, gt=0, description="the highest of the schedule")
+    weight_decay: Number = Field(
+        default=5e-4, ge=0, description="L2 penalty, or decoupled where the optimizer does that"
+    )
+    optimizer_options: dict[str, Value] = Field(
+        default_factory=dict, description="options of the optimizer that are not searched"
+    )
+    schedule: str = Field(
+        default="cosine", description="of the learning rate: a row of `llp list schedules`"
+    )
+    warmup_fraction: Number = Field(
         default=0.05, ge=0, lt=1, description="share of a job's steps with linear warm-up"
     )
-    epochs: int = Field(default=20, ge=1, description="length of the full training")
-    batch_size: int = Field(default=128, ge=1)
+    epochs: Whole = Field(default=20, ge=1, description="length of the full training")
+    batch_size: Whole = Field(default=128, ge=1, description="images per optimizer step")
     augmentation: list[str] = Field(default_factory=list, description="of flip, crop, cutout")
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    gradient_clip: float | None = Field(default=None, gt=0, description="largest gradient norm")
-    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    label_smoothing: Number = Field(
+        default=0.0, ge=0, lt=1, description="share of the target spread over all classes"
+    )
+    gradient_clip: Number | None = Field(default=None, gt=0, description="largest gradient norm")
+    precision: Literal["float32", "bf16", "fp16"] = Field(
+        default="float32", description="of autocast in the forward pass"
+    )
     compile: bool = Field(default=False, description="torch.compile the model")
 
 
 class SearcherSpec(_Section):
     """Where new configurations come from."""
 
-    name: str = "random"
-    num_startup_trials: int = Field(
+    name: str = Field(default="random", description="a row of `llp list searchers`")
+    num_startup_trials: Whole = Field(
         default=10, ge=1, description="random configurations before tpe or gp takes over"
     )
 
@@ -75,34 +99,48 @@ class SearcherSpec(_Section):
 class Tier1Spec(_Section):
     """Probing: how many configurations, on which rungs, and who gets more budget."""
 
-    scheduler: str = "asha"
-    num_trials: int = Field(default=32, ge=1)
-    data_fractions: list[float] = Field(default=[0.1, 0.3, 1.0], min_length=1)
-    epochs: int | list[int] | None = Field(
+    scheduler: str = Field(default="asha", description="a row of `llp list schedulers`")
+    num_trials: Whole = Field(default=32, ge=1, description="configurations probed")
+    data_fractions: list[Number] = Field(
+        default=[0.1, 0.3, 1.0],
+        min_length=1,
+        description="the rungs: share of the training images of each, rising",
+    )
+    epochs: Whole | list[Whole] | None = Field(
         default=None, description="per rung, or one for all; default: the full training's"
     )
-    reduction_factor: int = Field(default=3, ge=2)
+    reduction_factor: Whole = Field(
+        default=3, ge=2, description="one of this many goes up to the next rung"
+    )
     promotion: Literal["cold", "warm"] = Field(
         default="cold", description="start a rung afresh, or from the weights of the one below"
+    )
+    eager_promotion: bool = Field(
+        default=False,
+        description="promote before new trials start, on incomplete rungs, as the ASHA paper does",
     )
     stop_rules: list[dict[str, Any]] = Field(
         default=[{"name": "power_law"}], description="rows of `llp list stop_rules` with options"
     )
-    report_every: int = Field(default=1, ge=1, description="epochs between reports of a job")
-    max_failures: int = Field(default=2, ge=0, description="retries of a job that fails or is lost")
-    trial_seconds: float | None = Field(default=None, gt=0, description="wall-clock limit of a job")
+    report_every: Whole = Field(default=1, ge=1, description="epochs between reports of a job")
+    max_failures: Whole = Field(
+        default=2, ge=0, description="retries of a job that fails or is lost"
+    )
+    trial_seconds: Number | None = Field(
+        default=None, gt=0, description="wall-clock limit of a job"
+    )
 
     @field_validator("data_fractions")
     @classmethod
     def _fractions(cls, fractions: list[float]) -> list[float]:
-        for fraction in fractions:
+        for k, fraction in enumerate(fractions):
             if fraction <= 0:
-                raise ValueError(f"{fraction:g} is not above 0 (fraction of the training set)")
+                raise wrong(f"{fraction:g} is not above 0 (fraction of the training set)", f"{k}")
             if fraction > 1:
-                raise ValueError(f"{fraction:g} is over 1 (fraction of the training set)")
-        for before, after in zip(fractions, fractions[1:], strict=False):
+                raise wrong(f"{fraction:g} is over 1 (fraction of the training set)", f"{k}")
+        for k, (before, after) in enumerate(itertools.pairwise(fractions), start=1):
             if after < before:
-                raise ValueError(f"must not decrease: {before:g} is followed by {after:g}")
+                raise wrong(f"must not decrease: {before:g} is followed by {after:g}", f"{k}")
         return fractions
 
     @field_validator("epochs")
@@ -110,20 +148,23 @@ class Tier1Spec(_Section):
     def _epochs(cls, epochs: int | list[int] | None) -> int | list[int] | None:
         for value in epochs if isinstance(epochs, list) else [epochs]:
             if value is not None and value < 1:
-                raise ValueError(f"a rung needs at least 1 epoch, not {value}")
+                raise wrong(f"a rung needs at least 1 epoch, not {value}")
         return epochs
 
     @model_validator(mode="after")
     def _ladder(self) -> Tier1Spec:
         if isinstance(self.epochs, list) and len(self.epochs) != len(self.data_fractions):
-            raise ValueError(
+            raise wrong(
                 f"epochs has {len(self.epochs)} entries for {len(self.data_fractions)} "
-                "data_fractions; give one per rung, or one number for all"
+                "data_fractions; give one per rung, or one number for all",
+                "epochs",
             )
         if len(self.data_fractions) < 2 and self.scheduler != "fifo":
-            raise ValueError(
+            raise wrong(
                 f"scheduler '{self.scheduler}' needs at least 2 rungs and there is 1; "
-                "add a data fraction or use scheduler: fifo"
+                "add a data fraction or use scheduler: fifo",
+                "data_fractions",
+                "scheduler",
             )
         return self
 
@@ -131,7 +172,7 @@ class Tier1Spec(_Section):
 class Tier2Spec(_Section):
     """Landscape measurements of the survivors."""
 
-    top_k: int = Field(default=6, ge=0, description="configurations measured; 0 turns tier 2 off")
+    top_k: Whole = Field(default=6, ge=0, description="configurations measured; 0 turns tier 2 off")
     metrics: list[str] = Field(
         default=[
             "sam_sharpness",
@@ -144,37 +185,45 @@ class Tier2Spec(_Section):
         description="rows of `llp list metrics`",
     )
     refinements: list[str] = Field(default=["swa_gain"], description="of swa_gain")
-    num_examples: int = Field(default=1024, ge=8, description="training images measured on")
-    batch_size: int = Field(default=256, ge=1)
-    num_eigenvalues: int = Field(default=3, ge=1)
-    num_probes: int = Field(default=8, ge=2, description="probe vectors of the trace estimate")
-    rho: float = Field(default=0.05, gt=0, description="radius of SAM; ASAM uses 10 x rho")
-    sigma: float = Field(default=0.05, gt=0, description="relative noise of noise_sharpness")
-    refinement_epochs: int = Field(default=2, ge=1)
+    num_examples: Whole = Field(default=1024, ge=8, description="training images measured on")
+    batch_size: Whole = Field(default=256, ge=1, description="images at once while measuring")
+    num_eigenvalues: Whole = Field(default=3, ge=1, description="of the Hessian, largest first")
+    num_probes: Whole = Field(default=8, ge=2, description="probe vectors of the trace estimate")
+    rho: Number = Field(default=0.05, gt=0, description="radius of SAM; ASAM uses 10 x rho")
+    sigma: Number = Field(default=0.05, gt=0, description="relative noise of noise_sharpness")
+    refinement_epochs: Whole = Field(
+        default=2, ge=1, description="length of a refinement of a survivor"
+    )
 
 
 class ScoreSpec(_Section):
     """How both tiers become one number."""
 
-    preset: Literal["calibrated", "validation", "llp", "weights"] = "calibrated"
-    weights: dict[str, float] = Field(
+    preset: Literal["calibrated", "validation", "llp", "weights"] = Field(
+        default="calibrated", description="the formula: `llp list presets`, or weights"
+    )
+    weights: dict[str, Number] = Field(
         default_factory=dict, description="with preset: weights; column -> weight"
     )
-    alpha: float = Field(default=0.1, ge=0, description="of preset llp")
+    alpha: Number = Field(default=0.1, ge=0, description="of preset llp")
 
     @model_validator(mode="after")
     def _weights(self) -> ScoreSpec:
         if (self.preset == "weights") != bool(self.weights):
-            raise ValueError("weights and preset: weights belong together; give both or neither")
+            raise wrong(
+                "weights and preset: weights belong together; give both or neither",
+                "weights",
+                "preset",
+            )
         return self
 
 
 class VerificationSpec(_Section):
     """Full training of the best few; the test split is read once, at the end of each."""
 
-    top_k: int = Field(default=3, ge=1)
-    num_seeds: int = Field(default=2, ge=1)
-    epochs: int | None = Field(default=None, ge=1, description="default: training.epochs")
+    top_k: Whole = Field(default=3, ge=1, description="configurations trained in full")
+    num_seeds: Whole = Field(default=2, ge=1, description="full trainings of each")
+    epochs: Whole | None = Field(default=None, ge=1, description="default: training.epochs")
 
 
 class ResourcesSpec(_Section):
@@ -183,17 +232,17 @@ class ResourcesSpec(_Section):
     address: str | None = Field(
         default=None, description="Ray cluster; none starts Ray on this machine only"
     )
-    num_cpus: int | None = Field(default=None, ge=1, description="of a local Ray; default: all")
-    num_gpus: int | None = Field(default=None, ge=0, description="of a local Ray; default: all")
-    cpus_per_trial: float = Field(default=1, gt=0)
-    gpus_per_trial: float = Field(default=0, ge=0, description="fractions share a GPU")
-    max_concurrent: int | None = Field(default=None, ge=1, description="trials at once")
+    num_cpus: Whole | None = Field(default=None, ge=1, description="of a local Ray; default: all")
+    num_gpus: Whole | None = Field(default=None, ge=0, description="of a local Ray; default: all")
+    cpus_per_trial: Number = Field(default=1, gt=0, description="fractions share a core")
+    gpus_per_trial: Number = Field(default=0, ge=0, description="fractions share a GPU")
+    max_concurrent: Whole | None = Field(default=None, ge=1, description="trials at once")
 
 
 class TrackingSpec(_Section):
     """Where MLflow is. The ledger in the study folder is always written."""
 
-    mlflow: bool = True
+    mlflow: bool = Field(default=True, description="show the study in MLflow")
     uri: str | None = Field(
         default=None, description="default: sqlite file mlflow.db in the output folder"
     )
@@ -203,12 +252,12 @@ class TrackingSpec(_Section):
     @classmethod
     def _no_secret(cls, uri: str | None) -> str | None:
         if uri and "://" in uri and "@" in uri.split("://", 1)[1].split("/", 1)[0]:
-            raise ValueError(
+            raise wrong(
                 "credentials in a URL end up in logs; "
                 "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
             )
         if uri and (uri.startswith("file:") or "://" not in uri):
-            raise ValueError(
+            raise wrong(
                 f"MLflow no longer writes to plain folders ('{uri}'); "
                 "use sqlite:///path/mlflow.db or http://host:port"
             )
@@ -218,29 +267,40 @@ class TrackingSpec(_Section):
 class OutputSpec(_Section):
     """Where study folders go."""
 
-    root: str = "llp_studies"
-    report: bool = True
+    root: str = Field(default="llp_studies", description="folder of the study folders")
+    report: bool = Field(default=True, description="write the HTML page at the end")
 
 
 class Spec(_Section):
     """One experiment."""
 
-    version: Literal[1] = 1
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
-    seed: int = Field(default=0, ge=0, lt=2**31)
-    dataset: DatasetSpec
-    model: ModelSpec
-    training: TrainingSpec = TrainingSpec()
-    search_space: dict[str, Domain] = Field(min_length=1)
-    constraints: list[str] = Field(default_factory=list)
-    searcher: SearcherSpec = SearcherSpec()
-    tier1: Tier1Spec = Tier1Spec()
-    tier2: Tier2Spec = Tier2Spec()
-    score: ScoreSpec = ScoreSpec()
-    verification: VerificationSpec = VerificationSpec()
-    resources: ResourcesSpec = ResourcesSpec()
-    tracking: TrackingSpec = TrackingSpec()
-    output: OutputSpec = OutputSpec()
+    version: Literal[1] = Field(default=1, description="of this format")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="of the study and its folder"
+    )
+    seed: Whole = Field(default=0, ge=0, lt=2**31, description="of everything that is random")
+    dataset: DatasetSpec = Field(description="which images")
+    model: ModelSpec = Field(description="which network")
+    training: TrainingSpec = Field(default=TrainingSpec(), description="the recipe")
+    search_space: dict[str, Domain] = Field(
+        min_length=1, description="hyperparameter -> domain; a list is a choice, a value is fixed"
+    )
+    constraints: list[str] = Field(
+        default_factory=list,
+        description="conditions on several parameters: learning_rate * batch_size <= 64",
+    )
+    searcher: SearcherSpec = Field(default=SearcherSpec(), description="who suggests")
+    tier1: Tier1Spec = Field(default=Tier1Spec(), description="probing on data fractions")
+    tier2: Tier2Spec = Field(default=Tier2Spec(), description="landscape of the survivors")
+    score: ScoreSpec = Field(default=ScoreSpec(), description="how both tiers are combined")
+    verification: VerificationSpec = Field(
+        default=VerificationSpec(), description="full training of the best"
+    )
+    resources: ResourcesSpec = Field(default=ResourcesSpec(), description="CPUs and GPUs")
+    tracking: TrackingSpec = Field(default=TrackingSpec(), description="MLflow")
+    output: OutputSpec = Field(default=OutputSpec(), description="study folders and the page")
+
+    _source: Locator | None = PrivateAttr(default=None)
 
     @field_validator("search_space", mode="before")
     @classmethod
@@ -251,17 +311,36 @@ class Spec(_Section):
 
     @model_validator(mode="after")
     def _counts(self) -> Spec:
-        if self.verification.top_k > self.tier1.num_trials:
-            raise ValueError(
-                f"verification.top_k ({self.verification.top_k}) is over "
-                f"tier1.num_trials ({self.tier1.num_trials})"
-            )
-        if self.tier2.top_k > self.tier1.num_trials:
-            raise ValueError(
-                f"tier2.top_k ({self.tier2.top_k}) is over "
-                f"tier1.num_trials ({self.tier1.num_trials})"
-            )
+        """A top_k that was not given shrinks with num_trials; one that was given must fit."""
+        for section in ("tier2", "verification"):
+            part, num_trials = getattr(self, section), self.tier1.num_trials
+            if part.top_k > num_trials:
+                if "top_k" in part.model_fields_set:
+                    raise wrong(
+                        f"{section}.top_k ({part.top_k}) is over tier1.num_trials ({num_trials})",
+                        f"{section}.top_k",
+                        "tier1.num_trials",
+                    )
+                self.__dict__[section] = part.model_copy(update={"top_k": num_trials})
         return self
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both ask for the same, wherever they were loaded from."""
+        return isinstance(other, Spec) and self.model_dump() == other.model_dump()
+
+    __hash__ = None  # type: ignore[assignment]  # holds dicts
+
+    def problem(self, path: str, message: str) -> Problem:
+        """`message` about the value at the dotted `path`, with its file and line where known.
+
+        >>> str(Spec.model_construct().problem("tier1.num_trials", "must be at least 1"))
+        'tier1.num_trials: must be at least 1'
+        """
+        if self._source is None:
+            return Problem(message, path=path)
+        return self._source.problem(
+            tuple(int(part) if part.isdecimal() else part for part in path.split(".")), message
+        )
 
     def rung_epochs(self) -> list[int]:
         """Epochs of each rung, in order."""

@@ -1,0 +1,1 @@
+"""From a job to its learning curve: recipe, loop, schedules, checkpoints, outcomes."""

@@ -1,0 +1,397 @@
+"""The driver's side of a study: the ledger, what it adds up to, and where jobs come from.
+
+A *source* hands out jobs and is told what happened (`cluster.ray_tune.JobSource`). Everything it
+learns goes to the ledger first and only then into the state its next choice is made from, so that
+the choice is a function of the ledger and survives a kill between any two lines.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from llp.probing.promotion import DONE, WAIT, NewTrial, Scheduler
+from llp.probing.state import SearchState, probe_id
+from llp.protocols import Report, StopRule
+from llp.records import (
+    CheckpointRef,
+    CurvePoint,
+    Decision,
+    FlatnessProfile,
+    HyperparameterValue,
+    Job,
+    JobEnd,
+    Rung,
+    SearchResult,
+    StopDecision,
+    Trial,
+    from_plain,
+)
+from llp.tracking.ledger import Ledger
+from llp.tracking.replay import result_from_events
+
+logger = logging.getLogger(__name__)
+
+OnEvent = Callable[[dict[str, Any]], None]
+HOPELESS = 3
+"""Trials that fail for good before any succeeds, after which a search gives up."""
+
+
+class ConfigurationSource(Protocol):
+    """Where hyperparameters come from; asked in order, a pure function of what it was told."""
+
+    num_points: int | None
+
+    def suggest(self, index: int) -> dict[str, HyperparameterValue]:
+        """The configuration of trial `index`."""
+        ...
+
+
+class Study:
+    """A study folder that this process drives.
+
+    Args:
+        ledger: Open for writing.
+        on_event: Called with every event, the replayed ones first.
+    """
+
+    def __init__(self, ledger: Ledger, on_event: OnEvent | None = None) -> None:
+        self.ledger = ledger
+        self.state = SearchState()
+        self.history: list[dict[str, Any]] = []
+        self._listeners: list[OnEvent] = [on_event] if on_event else []
+        for event in ledger.events():
+            self._take(event)
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """The `study` event."""
+        return self.history[0]
+
+    def record(self, event: str, **payload: Any) -> None:
+        """Writes one event durably, then takes it into account."""
+        self.record_all([(event, payload)])
+
+    def record_all(self, events: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+        """Writes several events with one fsync, then takes them into account."""
+        for line in self.ledger.append_many(events):
+            self._take(line)
+
+    def listen(self, listener: OnEvent) -> None:
+        """Calls `listener` with every past event, then with every new one."""
+        for event in self.history:
+            listener(event)
+        self._listeners.append(listener)
+
+    def _take(self, event: dict[str, Any]) -> None:
+        self.history.append(event)
+        self.state.apply(event)
+        for listener in self._listeners:
+            listener(event)
+
+    def result(self) -> SearchResult:
+        """The study so far."""
+        return result_from_events(self.history, running=True)
+
+
+def derived_seed(seed: int, *path: int) -> int:
+    """A seed below 2^31 for one use, independent of those of other paths."""
+    state = np.random.SeedSequence([seed, *path]).generate_state(1)
+    return int(state[0] & 0x7FFFFFFF)
+
+
+@dataclass
+class ProbeSource:
+    """Tier 1 as a source of jobs: asks the scheduler, the searcher and the stop rules.
+
+    Attributes:
+        study: Where everything is recorded.
+        scheduler: Chooses between new trials and promotions.
+        searcher: Gives hyperparameters.
+        rungs: The ladder.
+        stop_rules: Asked after every point.
+        seed: Of the study.
+        warm: Whether a promotion starts from the weights of the rung below.
+    """
+
+    study: Study
+    scheduler: Scheduler
+    searcher: ConfigurationSource
+    rungs: Sequence[Rung]
+    stop_rules: Sequence[StopRule] = ()
+    seed: int = 0
+    warm: bool = False
+
+    def __post_init__(self) -> None:
+        self._live = False
+        self.study.listen(self._follow_searcher)
+        self._live = True
+        for job in list(self.study.state.orphans.values()):
+            decision = self.study.state.stops.get(job.job_id)
+            if decision is not None:  # killed between the verdict and the end it led to
+                self._end_stopped(job, decision)
+
+    def _follow_searcher(self, event: dict[str, Any]) -> None:
+        """Keeps the searcher's state a function of the ledger, in the order of its lines."""
+        if event["event"] == "trial" and not self._live:
+            trial = from_plain(Trial, event["trial"])
+            again = self.searcher.suggest(int(trial.trial_id[1:]))
+            if again != dict(trial.hyperparameters):
+                logger.warning(
+                    "the searcher now suggests %s for %s, the ledger has %s; the ledger counts",
+                    again,
+                    trial.trial_id,
+                    dict(trial.hyperparameters),
+                )
+        elif event["event"] == "job_end" and event["kind"] == "probe":
+            trial_id, rung = event["end"]["trial_id"], int(event["rung"])
+            first = min(r for r in self._first_rungs(trial_id))
+            tell = getattr(self.searcher, "tell", None)
+            if tell is None or rung != first or not self._is_over(trial_id, rung):
+                return
+            accuracy, _ = self.study.state.result(trial_id, rung)
+            tell(int(trial_id[1:]), accuracy if math.isfinite(accuracy) else None)
+
+    def _first_rungs(self, trial_id: str) -> list[int]:
+        bracket = self.study.state.trials[trial_id].bracket
+        return [self.scheduler.brackets()[bracket].first_rung]
+
+    def _is_over(self, trial_id: str, rung: int) -> bool:
+        return self.study.state.is_over(trial_id, rung, max_failures=self.scheduler.max_failures)
+
+    def next_job(self) -> Job | Literal["wait", "done"]:
+        """The next probe, decided and recorded."""
+        state = self.study.state
+        if self._hopeless():
+            return WAIT if state.running else DONE
+        step = self.scheduler.next_step(state)
+        if step == WAIT or step == DONE:
+            return step
+        if isinstance(step, NewTrial):
+            index = len(state.trials)
+            trial = Trial(
+                trial_id=f"t{index:03d}",
+                hyperparameters=self.searcher.suggest(index),
+                seed=derived_seed(self.seed, 1, index),
+                bracket=step.bracket,
+            )
+            decision = Decision("new", trial.trial_id, step.rung, step.reason)
+            job = self._job(trial, step.rung)
+            self.study.record_all(
+                [
+                    ("decision", {"decision": decision}),
+                    ("trial", {"trial": trial}),
+                    ("job", {"job": job}),
+                ]
+            )
+            return job
+        assert isinstance(step, Decision)
+        job = self._job(state.trials[step.trial_id], step.rung)
+        self.study.record_all([("decision", {"decision": step}), ("job", {"job": job})])
+        return job
+
+    def _job(self, trial: Trial, rung: int) -> Job:
+        state = self.study.state
+        job_id = probe_id(trial.trial_id, rung)
+        before = state.issued.get(job_id)
+        return Job(
+            job_id=job_id,
+            kind="probe",
+            trial=trial,
+            rung=self.rungs[rung - 1],
+            seed=trial.seed,
+            attempt=0 if before is None else before.attempt + 1,
+            start_from=self._weights_below(trial, rung) if self.warm else None,
+            micro_batch_divisor=4 ** state.memory_failures.get(job_id, 0),
+        )
+
+    def _weights_below(self, trial: Trial, rung: int) -> CheckpointRef | None:
+        end = self.study.state.ends.get((trial.trial_id, rung - 1))
+        return end.checkpoint if end is not None else None
+
+    def _hopeless(self) -> bool:
+        ends = self.study.state.ends
+        failed = {t for (t, r), e in ends.items() if e.outcome == "failed" and self._is_over(t, r)}
+        return len(failed) >= HOPELESS and len(failed) == len({t for t, _ in ends})
+
+    def on_report(self, job: Job, report: Report) -> StopDecision | None:
+        """Records a point and asks the stop rules about the curve up to it."""
+        assert isinstance(report, CurvePoint)
+        state = self.study.state
+        known = state.points.get(job.job_id, {}).get(report.epoch)
+        if known is None or not same_point(known, report):
+            record_point(self.study, job, report)
+        curve = state.curve(job.trial.trial_id, job.rung.rung, up_to=report.epoch)
+        finished = state.finished_curves(job.rung.rung) if self.stop_rules else []
+        for rule in self.stop_rules:
+            verdict = rule.decide(curve, epochs=job.rung.epochs, finished=finished)
+            if verdict.stop:
+                decision = Decision(
+                    "stop",
+                    job.trial.trial_id,
+                    job.rung.rung,
+                    f"{verdict.reason}: {verdict.detail}",
+                    verdict.predicted_final,
+                )
+                self.study.record("decision", decision=decision)
+                return verdict
+        return None
+
+    def on_end(self, job: Job, end: JobEnd) -> None:
+        """Records how a probe ended."""
+        record_end(self.study, job, end)
+
+    def _end_stopped(self, job: Job, decision: Decision) -> None:
+        curve = self.study.state.curve(job.trial.trial_id, job.rung.rung).points
+        end = JobEnd(
+            job.job_id,
+            job.trial.trial_id,
+            "stopped",
+            stopped_by=decision.reason.partition(":")[0],
+            samples_seen=curve[-1].samples_seen if curve else 0,
+            seconds=curve[-1].seconds if curve else 0.0,
+        )
+        record_end(self.study, job, end)
+
+
+class ListedSource:
+    """A fixed list of jobs, each tried until it succeeds or fails too often.
+
+    Args:
+        study: Where everything is recorded; jobs that ended there already are not run again.
+        jobs: In the order in which they start.
+        max_failures: Retries of each.
+    """
+
+    def __init__(self, study: Study, jobs: Sequence[Job], *, max_failures: int = 2) -> None:
+        self.study = study
+        self._max_failures = max_failures
+        self._failures = {job.job_id: 0 for job in jobs}
+        self._memory_failures = {job.job_id: 0 for job in jobs}
+        self._attempts = {job.job_id: 0 for job in jobs}
+        self._running: set[str] = set()
+        over: set[str] = set()
+        for event in study.history:
+            if event["event"] == "job" and event["job"]["job_id"] in self._attempts:
+                self._attempts[event["job"]["job_id"]] += 1
+            elif event["event"] == "job_end" and event["end"]["job_id"] in self._failures:
+                if self._settled(from_plain(JobEnd, event["end"])):
+                    over.add(event["end"]["job_id"])
+        self._todo = [job for job in jobs if job.job_id not in over]
+
+    def _settled(self, end: JobEnd) -> bool:
+        if end.outcome not in ("failed", "out_of_memory"):
+            return True
+        self._failures[end.job_id] += 1
+        self._memory_failures[end.job_id] += end.outcome == "out_of_memory"
+        return (
+            self._failures[end.job_id] > self._max_failures or self._memory_failures[end.job_id] > 1
+        )
+
+    def next_job(self) -> Job | Literal["wait", "done"]:
+        """The next job of the list."""
+        if not self._todo:
+            return WAIT if self._running else DONE
+        listed = self._todo.pop(0)
+        job = replace(
+            listed,
+            attempt=self._attempts[listed.job_id],
+            micro_batch_divisor=4 ** self._memory_failures[listed.job_id],
+        )
+        self._attempts[job.job_id] += 1
+        self._running.add(job.job_id)
+        self.study.record("job", job=job)
+        return job
+
+    def on_report(self, job: Job, report: Report) -> StopDecision | None:
+        """Records a point, a profile or a verification; never stops a job."""
+        if isinstance(report, CurvePoint):
+            record_point(self.study, job, report)
+        elif isinstance(report, FlatnessProfile):
+            self.study.record("profile", profile=report)
+        else:
+            self.study.record("verification", job_id=job.job_id, verification=report)
+        return None
+
+    def on_end(self, job: Job, end: JobEnd) -> None:
+        """Records the end; a job that may be tried again goes back to the front of the list."""
+        self._running.discard(job.job_id)
+        record_end(self.study, job, end)
+        if not self._settled(end):
+            self._todo.insert(0, job)
+
+
+class PhasedSource:
+    """Sources one after the other, on the same workers; the next starts when one says `done`.
+
+    Args:
+        study: Where the phases are recorded.
+        phases: Name and maker of each source; made when its turn comes.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        phases: Sequence[tuple[str, Callable[[], ProbeSource | ListedSource]]],
+        clock: Callable[[], float],
+    ) -> None:
+        self.study = study
+        self._left = list(phases)
+        self._clock = clock
+        self._name = ""
+        self._started = 0.0
+        self._current: ProbeSource | ListedSource | None = None
+
+    def next_job(self) -> Job | Literal["wait", "done"]:
+        """The next job of the current phase, or of the next."""
+        while True:
+            if self._current is None:
+                if not self._left:
+                    return DONE
+                self._name, make = self._left.pop(0)
+                self._started = self._clock()
+                self.study.record("phase", name=self._name, status="start", seconds=0.0)
+                self._current = make()
+            job = self._current.next_job()
+            if job != DONE:
+                return job
+            self._current = None
+            seconds = self._clock() - self._started
+            self.study.record("phase", name=self._name, status="end", seconds=seconds)
+
+    def on_report(self, job: Job, report: Report) -> StopDecision | None:
+        """Passes a report to the current phase."""
+        assert self._current is not None
+        return self._current.on_report(job, report)
+
+    def on_end(self, job: Job, end: JobEnd) -> None:
+        """Passes an end to the current phase."""
+        assert self._current is not None
+        self._current.on_end(job, end)
+
+
+def record_point(study: Study, job: Job, point: CurvePoint) -> None:
+    """Writes a `point` event."""
+    study.record(
+        "point", job_id=job.job_id, trial_id=job.trial.trial_id, kind=job.kind, point=point
+    )
+
+
+def record_end(study: Study, job: Job, end: JobEnd) -> None:
+    """Writes a `job_end` event."""
+    study.record("job_end", kind=job.kind, rung=job.rung.rung, attempt=job.attempt, end=end)
+
+
+def same_point(a: CurvePoint, b: CurvePoint) -> bool:
+    """Whether two points tell of the same training, seconds aside; NaN equals NaN."""
+    fields = ("epoch", "samples_seen", "train_loss", "validation_loss", "validation_accuracy")
+    return all(
+        getattr(a, f) == getattr(b, f) or (math.isnan(getattr(a, f)) and math.isnan(getattr(b, f)))
+        for f in fields
+    )

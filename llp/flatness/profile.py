@@ -1,0 +1,246 @@
+"""The `measure` job: a checkpoint in, one `FlatnessProfile` out.
+
+A metric that fails, or whose number is not finite, becomes a `Measurement` of NaN with a note; it
+never costs the other metrics. Measured is the plain validation-style loss in eval mode, in true
+float32, on the first `tier2.num_examples` training examples of the nested order (fewer when the
+rung had fewer), unaugmented.
+
+Cost: `JobEnd.samples_seen` is the examples that refinements trained on plus, for the measurements,
+gradient equivalents times the examples measured on (`context.Spent`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+import traceback
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from llp import registry
+from llp.errors import EnvironmentProblem
+from llp.flatness.context import MetricContext
+from llp.flatness.metrics import measured_names
+from llp.landscape import evaluation_state
+from llp.protocols import Report
+from llp.records import FlatnessProfile, Job, JobEnd, Measurement, Outcome
+from llp.spec.schema import Spec, Tier2Spec
+from llp.training import jobs, loop, rng
+from llp.training.objective import JobObjective, TrainingObjective
+from llp.training.python_objective import CallableObjective, ExampleBatches
+from llp.workloads import ImageData
+from llp.workloads.batches import fixed_batches
+from llp.workloads.subsets import nested_order
+
+
+def measure(
+    context: MetricContext, metrics: Sequence[str], *, trial_id: str, device: str = "cpu"
+) -> FlatnessProfile:
+    """Every metric of `metrics` (rows of `registry.METRICS`) on the network in `context`.
+
+    Raises:
+        SpecError: A name is not in the table; nothing is measured then.
+    """
+    started = time.perf_counter()
+    functions = {name: registry.load("metrics", name) for name in metrics}
+    measurements: list[Measurement] = []
+    for name, function in functions.items():
+        begun = time.perf_counter()
+        try:
+            with evaluation_state(context.model):
+                found = [_checked(measurement) for measurement in function(context)]
+        except Exception as error:  # noqa: BLE001  one metric must not cost the others
+            found = _failed(context, name, error, time.perf_counter() - begun)
+        measurements += found
+    return FlatnessProfile(
+        trial_id=trial_id,
+        measurements=tuple(measurements),
+        seconds=time.perf_counter() - started,
+        device=device,
+    )
+
+
+class MeasuringObjective(ABC):
+    """Works on `measure` jobs with the networks and batches that a training objective prepares.
+
+    Args:
+        training: Makes the network of a job and loads its checkpoint.
+        options: The `tier2` section.
+        seed: Of the study.
+    """
+
+    def __init__(self, training: JobObjective, options: Tier2Spec, *, seed: int) -> None:
+        self.training = training
+        self.options = options
+        self.seed = seed
+
+    @abstractmethod
+    def fixed(self, count: int, device: torch.device) -> list[tuple[Any, Any]]:
+        """The first `count` training examples of the nested order, unaugmented, in batches."""
+
+    @property
+    def loss_fn(self) -> loop.Criterion:
+        """The loss whose landscape is measured."""
+        return functional.cross_entropy
+
+    def __call__(self, job: Job) -> Generator[Report, None, JobEnd]:
+        """Yields one `FlatnessProfile` and returns the end; a checkpoint that cannot be read fails.
+
+        Raises:
+            EnvironmentProblem: A GPU was asked for and there is none.
+            ValueError: The job is of another kind.
+        """
+        if job.kind != "measure":
+            raise ValueError(f"{type(self).__name__} does not work on '{job.kind}' jobs")
+        started = time.monotonic()
+        device = (
+            torch.device(self.training.device)
+            if self.training.device
+            else self.training.choose_device()
+        )
+        if device.type == "cuda":
+            if not torch.cuda.is_available():
+                raise EnvironmentProblem(f"measuring on '{device}' was asked for; CUDA sees no GPU")
+            torch.cuda.reset_peak_memory_stats(device)
+        if self.training.threads and torch.get_num_threads() != self.training.threads:
+            torch.set_num_threads(self.training.threads)
+        randomness = rng.capture(device)
+        profile: FlatnessProfile | None = None
+        outcome: Outcome = "completed"
+        failure, samples_seen = "", 0
+        try:
+            rng.seed_all(job.seed, device)
+            context = self._context(job, device)
+            profile = measure(
+                context,
+                [*self.options.metrics, *self.options.refinements],
+                trial_id=job.trial.trial_id,
+                device=jobs.device_name(device),
+            )
+            samples_seen = context.spent.samples_seen(context.num_examples)
+        except Exception as error:  # noqa: BLE001  whatever goes wrong is this job's outcome
+            outcome = "out_of_memory" if jobs.is_out_of_memory(error) else "failed"
+            failure = "".join(traceback.format_exception(error))
+        finally:
+            rng.restore(randomness, device)
+        if profile is not None:
+            yield profile
+        return JobEnd(
+            job_id=job.job_id,
+            trial_id=job.trial.trial_id,
+            outcome=outcome,
+            failure=failure,
+            samples_seen=samples_seen,
+            seconds=time.monotonic() - started,
+            peak_memory_bytes=jobs.peak_memory_bytes(device),
+            device=jobs.device_name(device),
+        )
+
+    def _context(self, job: Job, device: torch.device) -> MetricContext:
+        if job.start_from is None:
+            raise ValueError(f"job {job.job_id} names no checkpoint to measure")
+        probe = dataclasses.replace(job, kind="probe")
+
+        def fresh() -> jobs.Setup:
+            rng.seed_all(job.seed, device)
+            return self.training.prepare(probe, device)
+
+        setup = fresh()
+        return MetricContext(
+            model=setup.model.float(),
+            batches=self.fixed(min(self.options.num_examples, setup.rung.num_examples), device),
+            options=self.options,
+            seed=self.seed,
+            fresh=fresh,
+            loss_fn=self.loss_fn,
+        )
+
+
+class FlatnessObjective(MeasuringObjective):
+    """Tier 2 of an experiment file.
+
+    Args:
+        spec: The experiment.
+        data: Its images; the test split is dropped.
+        folder: The study folder that checkpoints are read from.
+        device: None: a GPU when `resources.gpus_per_trial` is above 0, else the CPU.
+        threads: CPU threads torch may use in this process; None leaves that alone.
+    """
+
+    def __init__(
+        self,
+        spec: Spec | Mapping[str, Any],
+        data: ImageData,
+        folder: str | Path,
+        device: str | torch.device | None = None,
+        *,
+        threads: int | None = None,
+    ) -> None:
+        training = TrainingObjective(spec, data.without_test(), folder, device, threads=threads)
+        super().__init__(training, training.spec.tier2, seed=training.spec.seed)
+        self.data = training.data
+
+    def fixed(self, count: int, device: torch.device) -> list[tuple[Any, Any]]:
+        """See `MeasuringObjective.fixed`."""
+        order = nested_order(self.data.train.labels, seed=self.seed)
+        return fixed_batches(
+            self.data.train,
+            order[:count],
+            self.options.batch_size,
+            mean=self.data.mean,
+            std=self.data.std,
+            device=device,
+        )
+
+
+class CallableFlatnessObjective(MeasuringObjective):
+    """Tier 2 of a search given as Python functions; the loss is the user's criterion."""
+
+    def __init__(self, training: CallableObjective, options: Tier2Spec | None = None) -> None:
+        super().__init__(training, options or Tier2Spec(), seed=training.seed)
+        self._callable = training
+
+    @property
+    def loss_fn(self) -> loop.Criterion:
+        """The user's criterion."""
+        return self._callable.criterion
+
+    def fixed(self, count: int, device: torch.device) -> list[tuple[Any, Any]]:
+        """See `MeasuringObjective.fixed`."""
+        train, order = self._callable._splits()[0], self._callable._order()
+        batches = ExampleBatches(
+            train, order[:count], batch_size=self.options.batch_size, device=device
+        )
+        return list(batches.epoch(0))
+
+
+def _checked(measurement: Measurement) -> Measurement:
+    if math.isfinite(measurement.value):
+        return measurement
+    note = f"not finite ({measurement.value}); {measurement.note}".rstrip("; ")
+    return dataclasses.replace(measurement, value=math.nan, standard_error=math.nan, note=note)
+
+
+def _failed(
+    context: MetricContext, name: str, error: Exception, seconds: float
+) -> list[Measurement]:
+    names = measured_names(name, context.options)
+    message = str(error).strip().splitlines()
+    return [
+        Measurement(
+            name=measured,
+            value=math.nan,
+            standard_error=math.nan,
+            higher_is_better=None,
+            num_examples=context.num_examples,
+            seconds=seconds / len(names),
+            note=f"failed: {type(error).__name__}: {message[0] if message else ''}".rstrip(": "),
+        )
+        for measured in names
+    ]

@@ -1,0 +1,592 @@
+"""THE MAIN PATH, top to bottom: spec -> tier 1 -> tier 2 -> score -> verification -> report.
+
+`search` starts a study, `resume` goes on with one; both end in `_drive`. `plan` and `check` tell
+beforehand what a search will do. Everything that is decided or measured on the way is a line in the
+study's ledger (`tracking.ledger`), and what is returned is read from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from llp import registry
+from llp.cluster.ray_tune import Resources, ray_session, run_jobs
+from llp.driver import ListedSource, OnEvent, PhasedSource, ProbeSource, Study, derived_seed
+from llp.errors import EnvironmentProblem, LlpError, NoTrialSucceeded, StudyError
+from llp.flatness.profile import FlatnessObjective
+from llp.probing.budgets import ladder
+from llp.probing.promotion import Scheduler
+from llp.protocols import Objective
+from llp.records import Job, Rung, SearchResult
+from llp.reporting.html import write_report
+from llp.scoring.choose import choose_for_measurement, choose_for_verification, choose_winner
+from llp.scoring.report import score_report
+from llp.scoring.score import score
+from llp.scoring.table import study_table
+from llp.spec import Spec, check_ladder, digest, load_spec, to_yaml
+from llp.tracking.files import write_atomic
+from llp.tracking.ledger import Ledger, check_same_spec, load_study
+from llp.tracking.ledger import find_study as find_in_root
+from llp.tracking.shipper import start_shipper, wait_shipper
+from llp.training.check import check_batch
+from llp.training.objective import TrainingObjective
+from llp.workloads import ImageData
+from llp.workloads import load as load_data
+
+MLFLOW_SECONDS = 60.0
+"""How long the end of a search waits for MLflow to have everything."""
+
+
+# --- what a search will do --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a search will do and spend when nothing is stopped early and nothing fails.
+
+    Attributes:
+        rungs: The ladder.
+        jobs_per_rung: Rung -> number of probes on it.
+        num_trials: Configurations (a grid may have fewer points than `tier1.num_trials`).
+        num_train: Training images.
+        num_validation: Validation images.
+        num_test: Test images.
+        num_classes: Classes.
+        samples_tier1: Training examples processed by all probes.
+        samples_verification: By all full trainings of the verification.
+        samples_full_search: By training every configuration once with the full recipe.
+    """
+
+    rungs: tuple[Rung, ...]
+    jobs_per_rung: dict[int, int]
+    num_trials: int
+    num_train: int
+    num_validation: int
+    num_test: int
+    num_classes: int
+    samples_tier1: int
+    samples_verification: int
+    samples_full_search: int
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """A plan, and what one batch of the first configuration did.
+
+    Attributes:
+        plan: The plan.
+        model_parameters: Trainable and other parameters of the model.
+        batch_seconds: Seconds of one training step on this machine.
+        batch: Everything `training.check.check_batch` found.
+    """
+
+    plan: Plan
+    model_parameters: int
+    batch_seconds: float
+    batch: dict[str, Any]
+
+
+def plan(spec: Spec, data: ImageData | None = None) -> Plan:
+    """What `search(spec)` will do; loads the dataset, starts nothing.
+
+    Raises:
+        SpecError: A rung has fewer images than classes, or the spec contradicts the data.
+        DataError: The dataset cannot be read.
+    """
+    data = data or load_data(spec.dataset, spec.seed)
+    check_ladder(spec, len(data.train), data.num_classes)
+    rungs = tuple(ladder(spec.tier1.data_fractions, spec.rung_epochs(), len(data.train)))
+    scheduler = make_scheduler(spec)
+    jobs: dict[int, int] = {}
+    for sizes in scheduler.sizes():
+        for rung, size in sizes.items():
+            jobs[rung] = jobs.get(rung, 0) + size
+    verified = min(spec.verification.top_k, scheduler.num_trials) * spec.verification.num_seeds
+    verification_epochs = spec.verification.epochs or spec.training.epochs
+    return Plan(
+        rungs=rungs,
+        jobs_per_rung=dict(sorted(jobs.items())),
+        num_trials=scheduler.num_trials,
+        num_train=len(data.train),
+        num_validation=len(data.validation),
+        num_test=len(data.test) if data.test is not None else 0,
+        num_classes=data.num_classes,
+        samples_tier1=sum(n * rungs[rung - 1].samples_seen for rung, n in jobs.items()),
+        samples_verification=verified * verification_epochs * len(data.train),
+        samples_full_search=scheduler.num_trials * spec.training.epochs * len(data.train),
+    )
+
+
+def check(spec: Spec) -> CheckReport:
+    """`plan`, and one batch through the model, before any worker starts.
+
+    Raises:
+        SpecError: The recipe and the model do not fit together.
+        DataError: The dataset cannot be read.
+        EnvironmentProblem: A GPU was asked for and there is none.
+    """
+    data = load_data(spec.dataset, spec.seed)
+    planned = plan(spec, data)
+    batch = check_batch(spec, data, _driver_device(spec))
+    return CheckReport(planned, int(batch["parameters"]), float(batch["seconds"]), batch)
+
+
+# --- running it -------------------------------------------------------------------------------
+
+
+def search(
+    spec: Spec,
+    *,
+    study_id: str | None = None,
+    on_event: OnEvent | None = None,
+    command: str = "",
+) -> SearchResult:
+    """Runs the whole search and returns what its ledger says.
+
+    Args:
+        spec: The experiment.
+        study_id: Name of the study folder under `output.root`; default: name and digest.
+        on_event: Called in this process with every ledger event.
+        command: What the user typed, for the report.
+
+    Raises:
+        SpecError: The spec does not fit the data.
+        DataError: The dataset cannot be read.
+        StudyError: The folder holds a study already, or another driver has it.
+        EnvironmentProblem: No GPU, disk full, Ray does not start.
+        NoTrialSucceeded: Every configuration failed or diverged.
+        KeyboardInterrupt: On Ctrl-C and SIGTERM; everything finished is in the ledger.
+    """
+    spec_digest = digest(spec)
+    study_id = study_id or f"{spec.name}-{spec_digest[:8]}"
+    folder = Path(spec.output.root) / study_id
+    if (folder / "ledger.jsonl").exists():
+        check_same_spec(folder, spec_digest)
+        status = load_study(folder).status
+        raise StudyError(
+            f"the study {study_id} exists already and is {status}; "
+            + (
+                f"see it with `llp report {study_id}`"
+                if status == "finished"
+                else f"go on with `llp resume {study_id}`"
+            )
+            + ", or start another with `--study NAME`"
+        )
+    data = load_data(spec.dataset, spec.seed)
+    planned = plan(spec, data)
+    check_batch(spec, data, _driver_device(spec))
+    environment = describe_environment(command)
+    with Ledger.create(
+        folder,
+        study_id=study_id,
+        spec=spec.model_dump(mode="json"),
+        spec_digest=spec_digest,
+        environment=environment,
+        llp_version=environment["llp"],
+        rungs=planned.rungs,
+        num_train=planned.num_train,
+        num_validation=planned.num_validation,
+        num_test=planned.num_test,
+        num_classes=planned.num_classes,
+        dataset={"name": data.name, "digest": data.digest, "source": data.source},
+    ) as ledger:
+        write_atomic(folder / "spec.yaml", to_yaml(spec))
+        return _drive(spec, data, ledger, folder, environment, on_event)
+
+
+def resume(
+    study: str | Path,
+    *,
+    root: str | None = None,
+    overrides: Sequence[str] = (),
+    on_event: OnEvent | None = None,
+    command: str = "",
+) -> SearchResult:
+    """Goes on with a study that was interrupted; a finished one is only returned.
+
+    Args:
+        study: Its name or folder.
+        root: Where studies are; default `llp_studies`.
+        overrides: `key=value` for what does not change results (resources, tracking).
+        on_event: Called with every ledger event, those of before first.
+        command: What the user typed, for the report.
+
+    Raises:
+        StudyError: No such study, another driver has it, or an override would change results.
+        KeyboardInterrupt: On Ctrl-C and SIGTERM; everything finished is in the ledger.
+    """
+    folder = find_study(study, root)
+    with Ledger.open(folder) as ledger:
+        header = ledger.events()[0]
+        spec = Spec.model_validate(header["spec"])
+        if not (folder / "spec.yaml").exists():
+            write_atomic(folder / "spec.yaml", to_yaml(spec))
+        if overrides:
+            spec = load_spec(folder / "spec.yaml", overrides)
+        spec = spec.model_copy(
+            update={"output": spec.output.model_copy(update={"root": str(folder.parent)})}
+        )
+        check_same_spec(folder, digest(spec))
+        if load_study(folder).status == "finished":
+            return load_study(folder)
+        data = load_data(spec.dataset, spec.seed)
+        if data.digest != header["dataset"]["digest"]:
+            raise StudyError(
+                f"the images of {data.name} are not those this study began with "
+                f"({data.source}; digest {data.digest[:12]}, was "
+                f"{header['dataset']['digest'][:12]}); set dataset.root to the same files"
+            )
+        return _drive(spec, data, ledger, folder, describe_environment(command), on_event)
+
+
+def _drive(
+    spec: Spec,
+    data: ImageData,
+    ledger: Ledger,
+    folder: Path,
+    environment: dict[str, Any],
+    on_event: OnEvent | None,
+) -> SearchResult:
+    """Tier 1, tier 2, score, verification, report; everything that was done before is skipped."""
+    study = Study(ledger, on_event)
+    study.record("opened", host=environment["host"], pid=os.getpid(), environment=environment)
+    shipper = start_shipper(folder) if spec.tracking.mlflow else None
+    try:
+        with _interruptible(), _ray(spec):
+            run_jobs(
+                PhasedSource(
+                    study,
+                    [
+                        ("tier1", lambda: probes(spec, study)),
+                        ("tier2", lambda: measurements(spec, study)),
+                        ("verify", lambda: verifications(spec, study)),
+                    ],
+                    time.monotonic,
+                ),
+                StudyObjective(spec, data, folder),
+                resources=Resources(
+                    spec.resources.cpus_per_trial,
+                    spec.resources.gpus_per_trial,
+                    spec.resources.max_concurrent,
+                ),
+                folder=folder / "ray",
+                report_every=spec.tier1.report_every,
+                seconds_limit=spec.tier1.trial_seconds,
+            )
+        finish(spec, study, folder)
+    except NoTrialSucceeded as error:
+        study.record("failed", reason=str(error))
+        _write_report(spec, study, folder)
+        raise
+    finally:
+        ledger.close()
+        if shipper is not None and sys.exc_info()[0] is not KeyboardInterrupt:
+            wait_shipper(shipper, MLFLOW_SECONDS)
+    return load_study(folder)
+
+
+def probes(spec: Spec, study: Study) -> ProbeSource:
+    """Tier 1: configurations on nested data fractions."""
+    header = study.header
+    rungs = ladder(spec.tier1.data_fractions, spec.rung_epochs(), int(header["num_train"]))
+    return ProbeSource(
+        study,
+        scheduler=make_scheduler(spec),
+        searcher=make_searcher(spec),
+        rungs=rungs,
+        stop_rules=[
+            registry.load("stop_rules", rule["name"])(
+                **{key: value for key, value in rule.items() if key != "name"},
+                keep_fraction=1 / spec.tier1.reduction_factor,
+            )
+            for rule in spec.tier1.stop_rules
+        ],
+        seed=spec.seed,
+        warm=spec.tier1.promotion == "warm",
+    )
+
+
+def measurements(spec: Spec, study: Study) -> ListedSource:
+    """Tier 2: the landscape around the survivors' checkpoints."""
+    result = study.result()
+    chosen = choose_for_measurement(result.trials, spec.tier2.top_k)
+    by_id = {trial.trial.trial_id: trial for trial in result.trials}
+    jobs = []
+    for trial_id in chosen:
+        trial = by_id[trial_id]
+        rung = max(
+            r for (t, r), end in study.state.ends.items() if t == trial_id and end.checkpoint
+        )
+        jobs.append(
+            Job(
+                job_id=f"{trial_id}-m",
+                kind="measure",
+                trial=trial.trial,
+                rung=result.rungs[rung - 1],
+                seed=trial.trial.seed,
+                start_from=study.state.ends[trial_id, rung].checkpoint,
+            )
+        )
+    return ListedSource(study, jobs, max_failures=spec.tier1.max_failures)
+
+
+def verifications(spec: Spec, study: Study) -> ListedSource:
+    """Scores both tiers, then trains the best few fully with the same seeds for each."""
+    result = study.result()
+    _record_scores(spec, study)
+    table = study_table(
+        result.trials, result.profiles, num_validation=int(study.header["num_validation"])
+    )
+    scores = score(
+        table,
+        preset=spec.score.preset,
+        weights=spec.score.weights or None,
+        alpha=spec.score.alpha,
+        seed=spec.seed,
+    )
+    chosen = choose_for_verification(scores, spec.verification.top_k)
+    if not chosen:
+        raise NoTrialSucceeded(_why_nothing_worked(result))
+    by_id = {trial.trial.trial_id: trial for trial in result.trials}
+    num_train = int(study.header["num_train"])
+    full = Rung(
+        rung=len(result.rungs) + 1,
+        data_fraction=1.0,
+        num_examples=num_train,
+        epochs=spec.verification.epochs or spec.training.epochs,
+    )
+    jobs = [
+        Job(
+            job_id=f"{trial_id}-v{number}",
+            kind="verify",
+            trial=by_id[trial_id].trial,
+            rung=full,
+            seed=derived_seed(spec.seed, 2, number),
+        )
+        for number in range(spec.verification.num_seeds)
+        for trial_id in chosen
+    ]
+    return ListedSource(study, jobs, max_failures=spec.tier1.max_failures)
+
+
+def finish(spec: Spec, study: Study, folder: Path) -> None:
+    """Names the winner and writes the page."""
+    result = study.result()
+    _record_scores(spec, study)
+    winner, reason = choose_winner(result.verifications)
+    study.record(
+        "finished",
+        winner=winner,
+        winner_reason=reason,
+        report="report.html" if spec.output.report else None,
+    )
+    _write_report(spec, study, folder)
+
+
+def _record_scores(spec: Spec, study: Study) -> None:
+    result = study.result()
+    study.record(
+        "scores",
+        score_report=score_report(
+            result.trials,
+            result.profiles,
+            result.verifications,
+            preset=spec.score.preset,
+            weights=spec.score.weights or None,
+            alpha=spec.score.alpha,
+            num_validation=int(study.header["num_validation"]),
+            seed=spec.seed,
+        ),
+    )
+
+
+def _write_report(spec: Spec, study: Study, folder: Path) -> None:
+    if spec.output.report:
+        write_report(study.result(), folder / "report.html")
+
+
+def _why_nothing_worked(result: SearchResult) -> str:
+    outcomes: dict[str, int] = {}
+    for trial in result.trials:
+        outcomes[trial.outcome] = outcomes.get(trial.outcome, 0) + 1
+    counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
+    failures = [trial.failure for trial in result.trials if trial.failure]
+    last = failures[-1].strip().splitlines()[-1] if failures else ""
+    return (
+        f"no configuration produced a usable result ({counts})"
+        + (f"; the last failure was: {last}" if last else "; widen or lower the learning rates")
+        + f". See `llp show {result.trials[-1].trial.trial_id} --study {result.study_id}`"
+        if result.trials
+        else "no configuration was tried"
+    )
+
+
+# --- the pieces a spec names ------------------------------------------------------------------
+
+
+class StudyObjective:
+    """What a worker does with any job of a study: train it, or measure it."""
+
+    def __init__(self, spec: Spec, data: ImageData, folder: Path) -> None:
+        threads = max(1, int(spec.resources.cpus_per_trial))
+        folder = folder.resolve()
+        self._training: Objective = TrainingObjective(spec, data, folder, threads=threads)
+        self._flatness: Objective = FlatnessObjective(spec, data, folder, threads=threads)
+
+    def __call__(self, job: Job) -> Iterator[Any]:
+        """Yields reports and returns the end; see `protocols.Objective`."""
+        return self._flatness(job) if job.kind == "measure" else self._training(job)
+
+
+def make_scheduler(spec: Spec) -> Scheduler:
+    """The scheduler that the spec names; a grid has as many trials as points at most."""
+    num_trials = spec.tier1.num_trials
+    if spec.searcher.name == "grid":
+        num_trials = min(num_trials, make_searcher(spec).num_points)
+    scheduler: Scheduler = registry.load("schedulers", spec.tier1.scheduler)(
+        num_trials=num_trials,
+        num_rungs=len(spec.tier1.data_fractions),
+        reduction_factor=spec.tier1.reduction_factor,
+        max_failures=spec.tier1.max_failures,
+        eager=spec.tier1.eager_promotion,
+    )
+    return scheduler
+
+
+def make_searcher(spec: Spec) -> Any:
+    """The searcher that the spec names."""
+    build = registry.load("searchers", spec.searcher.name)
+    if spec.searcher.name in ("random", "grid"):
+        return build(spec.search_space, spec.constraints, spec.seed)
+    return build(
+        spec.search_space,
+        spec.constraints,
+        seed=spec.seed,
+        num_startup_trials=spec.searcher.num_startup_trials,
+    )
+
+
+def _driver_device(spec: Spec) -> str:
+    """Where the driver tries one batch: a local GPU when trials get one, else the CPU.
+
+    Raises:
+        EnvironmentProblem: Trials on this machine are to get a GPU and CUDA sees none.
+    """
+    if spec.resources.gpus_per_trial <= 0:
+        return "cpu"
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    if spec.resources.address is not None:
+        return "cpu"  # the cluster has the GPUs, not this machine
+    raise EnvironmentProblem(
+        f"resources.gpus_per_trial is {spec.resources.gpus_per_trial:g} and CUDA sees no GPU on "
+        "this machine; run `llp doctor`, or use --set resources.gpus_per_trial=0"
+    )
+
+
+@contextlib.contextmanager
+def _ray(spec: Spec) -> Iterator[None]:
+    resources = spec.resources
+    with ray_session(
+        address=resources.address, num_cpus=resources.num_cpus, num_gpus=resources.num_gpus
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM ends a search as Ctrl-C does: at once, with everything finished in the ledger."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# --- other things people ask of a study -------------------------------------------------------
+
+
+def find_study(study: str | Path, root: str | None = None) -> Path:
+    """The folder of a study, by path or by name under `root` (default `llp_studies`).
+
+    Raises:
+        StudyError: There is none; the nearest name is offered.
+    """
+    if (Path(study) / "ledger.jsonl").is_file():
+        return Path(study)
+    return find_in_root(root or "llp_studies", str(study))
+
+
+def report(folder: Path) -> Path:
+    """Writes the page of a study anew from its ledger, finished or not."""
+    return write_report(load_study(folder), folder / "report.html")
+
+
+def describe_environment(command: str = "") -> dict[str, Any]:
+    """Versions, hardware, command and commit, for the ledger."""
+    names = ("llp", "torch", "torchvision", "ray", "optuna", "mlflow", "numpy")
+    found: dict[str, Any] = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return {
+        **found,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "cpus": os.cpu_count(),
+        "gpus": _gpu_names(),
+        "git_commit": _git_commit(),
+        "command": command,
+        "folder": str(Path.cwd()),
+    }
+
+
+def _gpu_names() -> list[str]:
+    import torch
+
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def _git_commit() -> str | None:
+    """Commit of the folder the search is started in, marked when files differ from it."""
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return f"{commit} (changed)" if changed else commit
+
+
+__all__ = ["CheckReport", "LlpError", "Plan", "check", "plan", "report", "resume", "search"]

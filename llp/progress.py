@@ -1,0 +1,638 @@
+"""What people see of a search: one state made from ledger events, and three ways to print it.
+
+`ProgressState` is a reducer: it depends on the events it was given and on nothing else (no clock,
+no files), so a resumed study, whose events are replayed first, shows the same counts as one that
+ran through. `block` turns it into the live display and `sentence` into one plain line. `Reporter`
+is what the pipeline calls: a live block on a terminal, plain lines elsewhere, JSON lines beside.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, TextIO
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from llp import registry
+from llp.records import to_plain
+from llp.reporting import formats
+
+PLAIN_SECONDS = 5.0
+"""Least time between two ordinary lines where there is no terminal."""
+
+_PHASES = {
+    "tier1": "tier 1: probing configurations on small data fractions",
+    "tier2": "tier 2: measuring the loss landscape of the survivors",
+    "score": "score: combining both tiers",
+    "verify": "verify: full training of the best",
+    "report": "report: writing the page",
+}
+
+
+@dataclass
+class JobView:
+    """One job as the display knows it.
+
+    Attributes:
+        kind: `probe`, `measure` or `verify`.
+        trial_id: Its trial.
+        rung: Its rung.
+        data_fraction: Share of the training set in use.
+        running: On a worker now.
+        outcome: How its last attempt ended; empty before.
+        stopped_by: Reason word of a stop.
+        accuracy: Last validation accuracy of this attempt, NaN before the first.
+        seconds: Length of the last attempt.
+    """
+
+    kind: str
+    trial_id: str
+    rung: int
+    data_fraction: float
+    running: bool = True
+    outcome: str = ""
+    stopped_by: str = ""
+    accuracy: float = math.nan
+    seconds: float = 0.0
+    _samples: dict[int, int] = field(default_factory=dict)  # epoch -> samples seen
+    _settled: int = 0  # by attempts that ended, and by work that a kill made worthless
+    _base: int = 0  # where the present attempt took the job up
+
+    def point(self, epoch: int, samples: int) -> None:
+        """Takes in a point; points from `epoch` on that an earlier driver made are done again."""
+        again = [at for at in self._samples if at >= epoch]
+        kept = max((seen for at, seen in self._samples.items() if at < epoch), default=0)
+        if self.outcome:
+            self._base = kept
+        elif again:
+            self._settled += self._samples[max(again)] - kept
+        for at in again:
+            del self._samples[at]
+        self._samples[epoch] = samples
+        self.outcome = ""
+
+    def end(self, samples: int) -> None:
+        """Takes in the end of an attempt that saw `samples` training examples."""
+        self._settled += max(samples, self.in_flight)
+        self.running = False
+
+    @property
+    def in_flight(self) -> int:
+        """Training examples seen by the attempt that has not ended."""
+        return 0 if self.outcome else max(max(self._samples.values(), default=0) - self._base, 0)
+
+    @property
+    def samples(self) -> int:
+        """Training examples seen by this job in all its attempts, lost work included."""
+        return self._settled + self.in_flight
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best trial so far: by score once scored, by validation accuracy before."""
+
+    trial_id: str
+    accuracy: float
+    data_fraction: float
+    hyperparameters: Mapping[str, Any]
+    score: float = math.nan
+
+
+@dataclass
+class ProgressState:
+    """A study so far, as a function of its ledger events.
+
+    Attributes:
+        study_id: Name of the study.
+        spec: The spec as plain data.
+        rungs: The ladder as plain data, lowest first.
+        num_train: Training images at a data fraction of 1.
+        expected_on: Rung -> probes on it when nothing fails or is stopped early.
+        trials: Trial id -> hyperparameters, in order of suggestion.
+        jobs: Job id -> what is known of it.
+        phases: Phase -> `start` or `end`.
+        tests: Trial id -> verified test accuracies, one per seed.
+        scores: Scored trials, best first, as (trial id, value).
+        status: `running`, `finished` or `failed`.
+        winner: Trial id once finished.
+        failure: Why the study failed.
+        mlflow: State of MLflow in words, where a tick brought it.
+    """
+
+    study_id: str = ""
+    spec: Mapping[str, Any] = field(default_factory=dict)
+    rungs: Sequence[Mapping[str, Any]] = ()
+    num_train: int = 0
+    expected_on: dict[int, int] = field(default_factory=dict)
+    trials: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    jobs: dict[str, JobView] = field(default_factory=dict)
+    phases: dict[str, str] = field(default_factory=dict)
+    tests: dict[str, list[float]] = field(default_factory=dict)
+    scores: list[tuple[str, float]] = field(default_factory=list)
+    status: str = "running"
+    winner: str = ""
+    failure: str = ""
+    mlflow: str = ""
+    _earlier_seconds: float = 0.0
+    _session_start: float = 0.0
+    _session_samples: int = 0
+    _last: float = 0.0
+
+    def update(self, event: Mapping[str, Any]) -> None:
+        """Takes in one ledger event (or a transient `tick`); unknown events change nothing."""
+        before = self._last
+        if event.get("time") is not None:
+            self._last = max(before, float(event["time"]))
+        name = event.get("event")
+        if name == "study":
+            self._begin(event)
+        elif name == "opened":
+            self._open(before)
+        elif name == "phase":
+            self.phases[str(event.get("name"))] = str(event.get("status"))
+        elif name == "trial":
+            self.trials[event["trial"]["trial_id"]] = event["trial"]["hyperparameters"]
+        elif name == "job":
+            self._start(event["job"])
+        elif name == "point" and event["job_id"] in self.jobs:
+            job, point = self.jobs[event["job_id"]], event["point"]
+            job.point(point["epoch"], point["samples_seen"])
+            job.accuracy = _number(point["validation_accuracy"])
+        elif name == "job_end" and event["end"]["job_id"] in self.jobs:
+            job, end = self.jobs[event["end"]["job_id"]], event["end"]
+            job.end(end["samples_seen"])
+            job.outcome, job.stopped_by = end["outcome"], end["stopped_by"]
+            job.seconds = _number(end["seconds"])
+        elif name == "verification":
+            result = event["verification"]
+            self.tests.setdefault(result["trial_id"], []).append(_number(result["test_accuracy"]))
+        elif name == "scores":
+            rows = event["score_report"]["scores"]
+            self.scores = [(row["trial_id"], _number(row["value"])) for row in rows]
+        elif name == "finished":
+            self.status, self.winner = "finished", str(event.get("winner") or "")
+        elif name == "failed":
+            self.status, self.failure = "failed", str(event.get("reason", ""))
+        elif name == "tick" and event.get("mlflow"):
+            self.mlflow = str(event["mlflow"])
+
+    def _begin(self, event: Mapping[str, Any]) -> None:
+        self.study_id = str(event["study_id"])
+        self.spec, self.rungs = event["spec"], event["rungs"]
+        top = self.rungs[-1]
+        self.num_train = int(
+            event.get("num_train") or round(top["num_examples"] / top["data_fraction"])
+        )
+        self._session_start = self._last
+        tier1 = self.section("tier1")
+        scheduler = registry.load("schedulers", str(tier1.get("scheduler", "asha")))(
+            self.num_trials, len(self.rungs), int(tier1.get("reduction_factor", 3))
+        )
+        self.expected_on = {
+            rung["rung"]: sum(sizes.get(rung["rung"], 0) for sizes in scheduler.sizes())
+            for rung in self.rungs
+        }
+
+    def _open(self, before: float) -> None:
+        """A driver took over: what ran under the last one is lost, and so is the time between."""
+        if self._session_start:
+            self._earlier_seconds += max(before - self._session_start, 0.0)
+        self._session_start = self._last
+        for job in self.jobs.values():
+            job.running = False
+        self._session_samples = self.samples_spent
+        self.status = "running"
+
+    def _start(self, job: Mapping[str, Any]) -> None:
+        view = self.jobs.setdefault(
+            job["job_id"],
+            JobView(
+                kind=job["kind"],
+                trial_id=job["trial"]["trial_id"],
+                rung=job["rung"]["rung"],
+                data_fraction=job["rung"]["data_fraction"],
+            ),
+        )
+        view.running, view.accuracy = True, math.nan
+
+    # What follows is computed from the facts above whenever it is asked for.
+
+    def of(self, kind: str) -> list[JobView]:
+        """The jobs of one kind, in the order they were handed out."""
+        return [job for job in self.jobs.values() if job.kind == kind]
+
+    def counts(self, kind: str, rung: int | None = None) -> tuple[int, int]:
+        """How many jobs of `kind` (on `rung`) have ended, and how many are on a worker now."""
+        jobs = [job for job in self.of(kind) if rung is None or job.rung == rung]
+        running = sum(job.running for job in jobs)
+        return sum(bool(job.outcome) and not job.running for job in jobs), running
+
+    @property
+    def samples_spent(self) -> int:
+        """Training examples seen so far, in all phases, failed attempts included."""
+        return sum(job.samples for job in self.jobs.values())
+
+    def section(self, name: str) -> Mapping[str, Any]:
+        """A section of the spec, empty where there is none."""
+        found = self.spec.get(name)
+        return found if isinstance(found, Mapping) else {}
+
+    @property
+    def num_trials(self) -> int:
+        """Configurations to probe."""
+        return int(self.section("tier1").get("num_trials", len(self.trials)))
+
+    def expected(self, kind: str) -> int:
+        """Jobs of `kind` in all: those asked for until its phase ends, then those there were."""
+        phase = {"measure": "tier2", "verify": "verify"}.get(kind, "tier1")
+        if self.phases.get(phase) == "end":
+            return len(self.of(kind))
+        if kind == "probe":
+            return sum(self.expected_on.values())
+        asked = self.section({"measure": "tier2", "verify": "verification"}[kind])
+        return int(asked.get("top_k", 0)) * int(asked.get("num_seeds", 1))
+
+    @property
+    def samples_verification(self) -> int:
+        """Training examples of one full training."""
+        epochs = self.section("verification").get("epochs") or self._full_epochs
+        return self.num_train * int(epochs)
+
+    @property
+    def samples_planned(self) -> int:
+        """Training examples of tier 1 and verification when nothing is stopped early."""
+        probes = sum(self.expected_on[rung] * cost for rung, cost in self._rung_costs().items())
+        return probes + self.expected("verify") * self.samples_verification
+
+    @property
+    def samples_full_search(self) -> int:
+        """Training examples of training every configuration fully once."""
+        return self.num_trials * self.num_train * self._full_epochs
+
+    @property
+    def _full_epochs(self) -> int:
+        return int(self.section("training").get("epochs", 0))
+
+    def _rung_costs(self) -> dict[int, int]:
+        return {rung["rung"]: rung["num_examples"] * rung["epochs"] for rung in self.rungs}
+
+    def elapsed(self, now: float | None = None) -> float:
+        """Seconds a driver has been at work, pauses between drivers left out."""
+        if not self._session_start:
+            return 0.0
+        until = self._last if now is None or self.status != "running" else now
+        return self._earlier_seconds + max(until - self._session_start, 0.0)
+
+    def remaining(self, now: float | None = None) -> float | None:
+        """Seconds still needed at this driver's pace so far; None before there is a pace.
+
+        Stopped trials make it an overestimate. Tier 2 counts from its first finished measurement.
+        """
+        seconds = self.elapsed(now) - self._earlier_seconds
+        done = self.samples_spent - self._session_samples
+        if self.status != "running" or done <= 0 or seconds <= 0:
+            return None
+        left = 0
+        if self.phases.get("tier1") != "end":
+            for rung, cost in self._rung_costs().items():
+                left += max(self.expected_on[rung] - self.counts("probe", rung)[0], 0) * cost
+        missing = max(self.expected("verify") - self.counts("verify")[0], 0)
+        left += missing * self.samples_verification
+        left -= sum(job.in_flight for job in self.jobs.values())
+        measured = [job.seconds for job in self.of("measure") if not job.running]
+        measures = 0.0
+        if measured and self.phases.get("tier2") != "end":
+            workers = max(self.counts("measure")[1], 1)
+            missing = max(self.expected("measure") - len(measured), 0)
+            measures = missing * sum(measured) / len(measured) / workers
+        return max(left, 0) * seconds / done + measures
+
+    def endings(self) -> dict[str, Counter[str]]:
+        """Outcome -> reason -> number of trials, for trials whose tier 1 is over."""
+        last: dict[str, JobView] = {}
+        for job in self.of("probe"):
+            last[job.trial_id] = job
+        counts: dict[str, Counter[str]] = {}
+        for job in last.values():
+            if job.running or not job.outcome:
+                continue
+            if job.outcome != "completed":
+                counts.setdefault(job.outcome, Counter())[job.stopped_by] += 1
+            elif job.rung < len(self.rungs) and self.phases.get("tier1") == "end":
+                counts.setdefault("stopped", Counter())[f"after rung {job.rung}"] += 1
+        return counts
+
+    @property
+    def best(self) -> Best | None:
+        """The best trial so far, or None before the first evaluation."""
+        probes = [job for job in self.of("probe") if not math.isnan(job.accuracy)]
+        usable = [job for job in probes if job.outcome == "completed"]
+        usable = usable or [job for job in probes if job.outcome in ("", "stopped")]
+        first = self.winner or (self.scores[0][0] if self.scores else "")
+        if not usable:
+            return None
+        top = max(usable, key=lambda job: (job.trial_id == first, job.accuracy, job.rung))
+        if top.trial_id == first:
+            top = max((job for job in usable if job.trial_id == first), key=lambda job: job.rung)
+        return Best(
+            trial_id=top.trial_id,
+            accuracy=top.accuracy,
+            data_fraction=top.data_fraction,
+            hyperparameters=self.trials.get(top.trial_id, {}),
+            score=dict(self.scores).get(top.trial_id, math.nan),
+        )
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as `h:mm:ss`.
+
+    >>> clock(3725)
+    '1:02:05'
+    """
+    whole = int(max(seconds, 0))
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def printable(text: object) -> str:
+    r"""`text` on one line, without what could move the cursor, ring, colour or turn the line.
+
+    >>> printable("88\u00a0%\x1b[2J")
+    '88 %�[2J'
+    """
+    letters = str(text).replace("\u00a0", " ").replace("\u202f", " ")
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in letters)
+
+
+def settings(hyperparameters: Mapping[str, Any]) -> str:
+    """Hyperparameters on one line, numbers to three digits.
+
+    >>> settings({"learning_rate": 0.031234, "optimizer": "sgd"})
+    'learning_rate=0.0312 optimizer=sgd'
+    """
+    return " ".join(
+        printable(f"{name}={formats.number(value, 3)}") for name, value in hyperparameters.items()
+    )
+
+
+def _endings(state: ProgressState) -> str:
+    parts = []
+    for outcome, reasons in state.endings().items():
+        why = ", ".join(f"{count} {word}" for word, count in reasons.most_common() if word)
+        name = outcome.replace("_", " ")
+        parts.append(f"{reasons.total()} {name}" + (f" ({why})" if why else ""))
+    return " · ".join(parts)
+
+
+def _cost(state: ProgressState) -> str:
+    measuring = sum(job.samples for job in state.of("measure"))
+    training = formats.amount(state.samples_spent - measuring)
+    text = f"{training} of {formats.amount(state.samples_planned)} planned samples"
+    if measuring:
+        text += f", {formats.amount(measuring)} more in tier 2"
+    full = formats.amount(state.samples_full_search)
+    return f"{text}; training all {state.num_trials} fully: {full}"
+
+
+def _best(state: ProgressState) -> str:
+    best = state.best
+    if best is None:
+        return ""
+    text = f"{best.trial_id} · validation {formats.percent(best.accuracy)}"
+    if best.data_fraction < 1:
+        text += f" at {100 * best.data_fraction:.3g} % of the data"
+    if not math.isnan(best.score):
+        text += f" · score {best.score:.4g}"
+    tests = state.tests.get(best.trial_id, [])
+    if tests:
+        text += f" · test {formats.percent(sum(tests) / len(tests))} ({len(tests)} full training"
+        text += "s)" if len(tests) > 1 else ")"
+    return text
+
+
+def _rows(state: ProgressState) -> list[tuple[str, float, str]]:
+    """Tier, share done, and the words beside the bar."""
+    rows = []
+    words = []
+    for rung, expected in state.expected_on.items():
+        ended, running = state.counts("probe", rung)
+        if expected or ended or running:
+            words.append(f"rung {rung}: {ended}/{max(expected, ended + running)}")
+    for kind, name, what in (
+        ("probe", "tier 1", ", ".join(words)),
+        ("measure", "tier 2", "measured"),
+        ("verify", "verify", "full trainings"),
+    ):
+        ended, running = state.counts(kind)
+        total = max(state.expected(kind), ended + running)
+        if total:
+            text = what if kind == "probe" else f"{ended}/{total} {what}"
+            rows.append((name, ended / total, text + (f", {running} running" * bool(running))))
+    return rows
+
+
+def _clock(state: ProgressState, now: float | None) -> str:
+    text = clock(state.elapsed(now))
+    remaining = state.remaining(now)
+    if state.status != "running":
+        return f"{text} {state.status}"
+    return text + (f"  about {formats.duration(remaining)} left" if remaining is not None else "")
+
+
+def block(state: ProgressState, *, now: float | None = None) -> RenderableType:
+    """The live display: study and clock, a bar per tier, what ended and why, cost, best, MLflow.
+
+    `now` is the Unix time to count from; by default that of the last event.
+    """
+    head = Text(state.study_id or "starting", style="bold")
+    names = [str(state.section(part).get("name", "")) for part in ("dataset", "model")]
+    head.append("  " + printable(" / ".join(filter(None, names)))[:60], style="default not bold")
+    head.append(printable(f"  {_clock(state, now)}"), style="cyan not bold")
+    bars = Table.grid(padding=(0, 1))
+    bars.add_column(no_wrap=True)
+    bars.add_column(width=16, no_wrap=True)
+    bars.add_column(overflow="fold")
+    for name, share, words in _rows(state):
+        bar = ProgressBar(total=1.0, completed=share, width=16)
+        bars.add_row(Text(name), bar, Text(printable(words)))
+    facts = Table.grid(padding=(0, 1))
+    facts.add_column(no_wrap=True, width=6)
+    facts.add_column(overflow="fold")
+    best = state.best
+    for name, words in (
+        ("ended", _endings(state)),
+        ("spent", _cost(state) if state.rungs else ""),
+        ("best", _best(state)),
+        ("", settings(best.hyperparameters) if best else ""),
+        ("mlflow", state.mlflow),
+    ):
+        if words:
+            colour = "green" if name == "best" else ""
+            facts.add_row(Text(name), Text(printable(words), style=colour))
+    return Group(head, bars, facts)
+
+
+def sentence(state: ProgressState, *, now: float | None = None) -> str:
+    """The same as `block` in one plain line."""
+    parts = [f"[{clock(state.elapsed(now))}]"]
+    active = [phase for phase, status in state.phases.items() if status == "start"]
+    shown = {"tier1": "tier 1", "tier2": "tier 2", "verify": "verify"}
+    for name, _, words in _rows(state):
+        if any(shown.get(phase) == name for phase in active):
+            parts.append(f"{name}: {words}")
+    ended = _endings(state)
+    remaining = state.remaining(now)
+    parts += [ended] if ended else []
+    parts += [f"spent {_cost(state)}"] if state.rungs else []
+    parts += [f"best {_best(state)}"] if state.best else []
+    parts += [f"about {formats.duration(remaining)} left"] if remaining is not None else []
+    return printable(parts[0] + " " + " | ".join(parts[1:]))
+
+
+def facts(state: ProgressState) -> dict[str, Any]:
+    """The same as plain data for machines."""
+    best = state.best
+    return {
+        "event": "status",
+        "study_id": state.study_id,
+        "status": state.status,
+        "seconds": state.elapsed(),
+        "jobs": {
+            kind: {
+                "ended": state.counts(kind)[0],
+                "running": state.counts(kind)[1],
+                "expected": state.expected(kind),
+            }
+            for kind in ("probe", "measure", "verify")
+        },
+        "endings": state.endings(),
+        "samples_spent": state.samples_spent,
+        "samples_planned": state.samples_planned,
+        "samples_full_search": state.samples_full_search,
+        "best": best,
+        "winner": state.winner or None,
+    }
+
+
+def landmark(state: ProgressState, event: Mapping[str, Any]) -> str:
+    """The line an event deserves at once, or an empty string."""
+    name = event.get("event")
+    if name == "study":
+        return f"study {state.study_id}: {state.num_trials} trials on {len(state.rungs)} rungs"
+    if name == "opened" and state.jobs:
+        return f"going on with study {state.study_id}"
+    if name == "phase" and event.get("status") == "start":
+        return _PHASES.get(str(event.get("name")), str(event.get("name")))
+    if name == "job_end" and event["end"]["outcome"] in ("failed", "out_of_memory"):
+        end = event["end"]
+        reason = (end["failure"].strip().splitlines() or ["no message"])[-1][:200]
+        return f"{end['job_id']} {end['outcome'].replace('_', ' ')}: {printable(reason)}"
+    if name == "verification":
+        result = event["verification"]
+        accuracy = formats.percent(_number(result["test_accuracy"]))
+        return printable(f"{result['trial_id']} seed {result['seed']}: test accuracy {accuracy}")
+    if name == "failed":
+        return f"failed: {printable(event.get('reason', ''))}"
+    return ""
+
+
+class Reporter:
+    """Shows a running search; give it to the pipeline as `on_event`.
+
+    Args:
+        console: Where people read, normally standard error.
+        machine: Where JSON lines go, or None for none.
+        quiet: Show people nothing while it runs.
+    """
+
+    def __init__(
+        self, *, console: Console, machine: TextIO | None = None, quiet: bool = False
+    ) -> None:
+        self.state = ProgressState()
+        self.console = console
+        self._machine = machine
+        self._quiet = quiet
+        self._lock = threading.Lock()
+        self._opened = time.time()
+        self._next_line = 0.0
+        self._live: Live | None = None
+        if console.is_terminal and not quiet:
+            self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4)
+
+    def _render(self) -> RenderableType:
+        with self._lock:
+            return block(self.state, now=time.time())
+
+    def __enter__(self) -> Reporter:
+        if self._live:
+            self._live.start(refresh=True)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._live:
+            self._live.transient = not self.state.study_id
+            self._live.stop()
+            if self.state.study_id:
+                self.console.print()
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        """Takes in and shows one event; those from before this process are taken in silently."""
+        with self._lock:
+            self.state.update(event)
+        if event.get("event") != "tick":
+            write_line(self._machine, event)
+        old = event.get("time") is not None and float(event["time"]) < self._opened - 1
+        if self._quiet or old:
+            return
+        line = landmark(self.state, event)
+        if self._live:
+            if event.get("event") in ("job_end", "failed") and line:
+                self.console.print(Text(line), style="yellow")
+            return
+        now = time.time()
+        tier1_over = event.get("name") == "tier1" and event.get("status") == "end"
+        if line:
+            self._print(f"[{clock(self.state.elapsed(now))}] {line}")
+        elif tier1_over or (
+            now >= self._next_line and event.get("event") in ("job_end", "point", "tick")
+        ):
+            self._print(sentence(self.state, now=now))
+            self._next_line = now + PLAIN_SECONDS
+
+    def _print(self, line: str) -> None:
+        self.console.file.write(line + "\n")
+        self.console.file.flush()
+
+
+def write_line(stream: TextIO | None, event: Mapping[str, Any]) -> None:
+    """Writes one strict JSON object on one line; non-finite numbers become null.
+
+    A reader that has gone away (`llp search --json ... | head -1`) does not end the search.
+    """
+    if stream is None:
+        return
+    try:
+        stream.write(json.dumps(to_plain(event), allow_nan=False, ensure_ascii=False) + "\n")
+        stream.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

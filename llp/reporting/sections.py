@@ -1,0 +1,41 @@
+"""What a study's page holds, in order.
+
+Every section exists in every report: where the study has nothing for it, it says what is missing
+and why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llp.records import SearchResult
+from llp.reporting.evidence_sections import (
+    flatness_section,
+    scores_section,
+    space_section,
+    verification_section,
+)
+from llp.reporting.exhibits import Section
+from llp.reporting.probing_sections import (
+    cost_exhibit,
+    curves_section,
+    ladder_section,
+    ranks_section,
+    trials_section,
+)
+
+__all__ = ["cost_exhibit", "study_sections"]
+
+
+def study_sections(result: SearchResult) -> Sequence[Section]:
+    """All sections with figures and tables, in the order of the page."""
+    return (
+        ladder_section(result),
+        curves_section(result),
+        ranks_section(result),
+        space_section(result),
+        flatness_section(result),
+        scores_section(result),
+        verification_section(result),
+        trials_section(result),
+    )

@@ -1,0 +1,179 @@
+"""Checks that need the tables: names, options, rungs, resources; `space` has the search space.
+
+Nothing of our own is imported for them: names and options of our rows are in `registry`, so a bad
+file fails before torch or Ray is loaded. Only `my_package:thing` is imported, to see that it is
+there and what options it takes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from llp import registry
+from llp.errors import Problem, SpecError, unknown
+from llp.spec import options, space
+from llp.spec.schema import Locator, Spec
+from llp.spec.source import Source, as_parts
+
+_SEPARATE = {
+    "name",
+    "seed",
+    "dataset",
+    "searcher",
+    "tier1",
+    "tier2",
+    "score",
+    "verification",
+    "resources",
+    "tracking",
+    "output",
+}
+"""Sections that can be damaged without making the search space unjudgeable."""
+
+Finding = tuple[str, str]
+"""Dotted path and message."""
+
+
+def check(spec: Spec) -> None:
+    """Raises everything that is wrong with the names, options and search space of `spec`.
+
+    Raises:
+        SpecError: All problems, with file and line when `spec` was loaded from a file.
+    """
+    found = problems(spec, spec._source or Source())
+    if found:
+        raise SpecError(found)
+
+
+def problems(spec: Spec, places: Locator, *, damaged: Iterable[str] = ()) -> list[Problem]:
+    """What is wrong with `spec` beyond its shape.
+
+    Args:
+        spec: The spec; sections in `damaged` were cut down to what is valid of them.
+        places: Where its keys were written.
+        damaged: Top-level keys with problems of shape, whose other checks would mislead.
+    """
+    damaged = set(damaged)
+    found = [*_names(spec)]
+    if "tier1" not in damaged:
+        found += _rungs(spec)
+    if "resources" not in damaged:
+        found += _resources(spec)
+    if damaged <= _SEPARATE:
+        found += space.findings(spec)
+        if not found and spec.searcher.name == "grid" and "tier1" not in damaged:
+            found += space.grid_findings(spec)
+    return [places.problem(as_parts(path), message) for path, message in found]
+
+
+def check_ladder(spec: Spec, num_train: int, num_classes: int) -> None:
+    """Makes sure that the lowest rung holds at least one image of each class.
+
+    Args:
+        spec: The spec.
+        num_train: Training images, validation excluded.
+        num_classes: Number of classes.
+
+    Raises:
+        SpecError: At `tier1.data_fractions.0`, with the numbers and the smallest fraction.
+    """
+    fraction = spec.tier1.data_fractions[0]
+    if round(fraction * num_train) >= num_classes:
+        return
+    least = -(-10_000 * num_classes // num_train) / 10_000
+    message = (
+        f"a fraction of {fraction:g} is {round(fraction * num_train)} of {num_train:,} training "
+        f"images, fewer than one for each of {num_classes} classes; "
+    )
+    message += f"use {least:g} or more" if least <= 1 else "the dataset itself is too small"
+    raise SpecError([spec.problem("tier1.data_fractions.0", message)])
+
+
+def _names(spec: Spec) -> Iterator[Finding]:
+    training, tier1, tier2 = spec.training, spec.tier1, spec.tier2
+    yield from _named("datasets", spec.dataset.name, "dataset.name")
+    yield from options.faults(
+        "datasets", [spec.dataset.name], spec.dataset.options, "dataset.options"
+    )
+    if spec.dataset.name == "image_folder" and spec.dataset.root is None:
+        yield "dataset.root", "missing key 'root': image_folder needs the folder of the images"
+    yield from _named("models", spec.model.name, "model.name")
+    yield from options.faults("models", space.models(spec), spec.model.options, "model.options")
+    yield from _named("optimizers", training.optimizer, "training.optimizer")
+    yield from options.faults(
+        "optimizers",
+        [training.optimizer, *space.optimizers(spec)],
+        training.optimizer_options,
+        "training.optimizer_options",
+    )
+    yield from _named("schedules", training.schedule, "training.schedule")
+    for k, name in enumerate(training.augmentation):
+        yield from _named("augmentations", name, f"training.augmentation.{k}")
+    yield from _named("schedulers", tier1.scheduler, "tier1.scheduler")
+    yield from _named("searchers", spec.searcher.name, "searcher.name")
+    for k, rule in enumerate(tier1.stop_rules):
+        yield from _stop_rule(rule, f"tier1.stop_rules.{k}")
+    refinements = [n for n, row in registry.METRICS.items() if ".refinements:" in row.target]
+    for k, name in enumerate(tier2.metrics):
+        if name in refinements:
+            yield f"tier2.metrics.{k}", f"'{name}' belongs to tier2.refinements"
+        else:
+            yield from _named("metrics", name, f"tier2.metrics.{k}", without=refinements)
+        if name in tier2.metrics[:k]:
+            yield f"tier2.metrics.{k}", f"'{name}' is listed twice"
+    for k, name in enumerate(tier2.refinements):
+        if name not in refinements and ":" not in name:
+            yield f"tier2.refinements.{k}", unknown("refinement", name, refinements)
+
+
+def _named(table: str, name: str, path: str, *, without: Iterable[str] = ()) -> Iterator[Finding]:
+    """What is wrong with `name` as a row of `table`, or as `module:attribute`."""
+    fault = options.unusable(table, name, without=without)
+    if fault:
+        yield path, fault
+
+
+def _stop_rule(rule: Mapping[str, Any], path: str) -> Iterator[Finding]:
+    if "name" not in rule:
+        yield path, "missing key 'name': a row of `llp list stop_rules`"
+        return
+    if not isinstance(rule["name"], str):
+        yield f"{path}.name", f"must be text, not {rule['name']!r}"
+        return
+    yield from _named("stop_rules", rule["name"], f"{path}.name")
+    given = {key: value for key, value in rule.items() if key != "name"}
+    yield from options.faults("stop_rules", [rule["name"]], given, path)
+
+
+def _rungs(spec: Spec) -> Iterator[Finding]:
+    costs = [
+        (fraction * epochs, fraction, epochs)
+        for fraction, epochs in zip(spec.tier1.data_fractions, spec.rung_epochs(), strict=True)
+    ]
+    for k, (below, above) in enumerate(itertools.pairwise(costs), start=1):
+        if above[0] <= below[0] * (1 + 1e-9):
+            yield (
+                f"tier1.data_fractions.{k}",
+                f"rung {k + 1} ({above[1]:g} of the images, {above[2]} epochs) costs no more than "
+                f"rung {k} ({below[1]:g}, {below[2]} epochs); each rung needs more",
+            )
+
+
+def _resources(spec: Spec) -> Iterator[Finding]:
+    resources = spec.resources
+    for kind, total, share in (
+        ("cpus", resources.num_cpus, resources.cpus_per_trial),
+        ("gpus", resources.num_gpus, resources.gpus_per_trial),
+    ):
+        if total is not None and share > total:
+            yield (
+                f"resources.{kind}_per_trial",
+                f"{kind}_per_trial ({share:g}) is over num_{kind} ({total})",
+            )
+    if resources.gpus_per_trial > 1 and not float(resources.gpus_per_trial).is_integer():
+        yield (
+            "resources.gpus_per_trial",
+            f"{resources.gpus_per_trial:g} GPUs: use a fraction below 1 or a whole number",
+        )

@@ -1,0 +1,381 @@
+"""MLflow as the place where people browse. The only file that imports `mlflow`.
+
+`MlflowTracker` turns ledger events (through `mlflow_rows`) into one run per study and one child run
+per trial. It is a copy of the ledger and never the truth: runs are found again by their tags, rows
+carry the ledger's timestamps, and MLflow keeps one row per (key, timestamp, step, value), so
+everything may be sent twice. What is left to remember, how far it got, is in `mlflow_sync.json`
+and may be lost.
+
+All runs of a flush get one `log_batch` each: requests per trial, not points, are what MLflow is
+slow at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+# Read by mlflow when it is imported or at each request. Its own defaults block a caller for minutes
+# when a server is gone (7 retries of 120 s); waiting is the shipper's job. Set only where the user
+# has not.
+for _name, _value in {
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+from mlflow.entities import (  # noqa: E402
+    Dataset,
+    DatasetInput,
+    InputTag,
+    Metric,
+    Param,
+    RunStatus,
+    RunTag,
+)
+from mlflow.exceptions import MlflowException  # noqa: E402
+from mlflow.tracking import MlflowClient  # noqa: E402
+
+from llp.errors import TrackingError  # noqa: E402
+from llp.tracking.ledger import read_events, study_header  # noqa: E402
+from llp.tracking.links import (  # noqa: E402
+    SyncState,
+    compare_link,
+    deep_link,
+    is_server,
+    quoted,
+    read_state,
+    write_state,
+)
+from llp.tracking.lock import FileLock  # noqa: E402
+from llp.tracking.mlflow_rows import STUDY, Row, Rows, safe_text  # noqa: E402
+
+__all__ = ["MlflowTracker", "ServerNotAnswering", "compare_link", "deep_link"]
+
+_logger = logging.getLogger(__name__)
+_MAX_METRICS, _MAX_PARAMS = 900, 90  # MLflow: 1000 rows a batch, 100 of them params, 100 tags
+_ARTIFACTS = ("spec.yaml", "report.html")
+
+
+class ServerNotAnswering(TrackingError):
+    """MLflow cannot be reached or is busy; trying again later may help."""
+
+
+class MlflowTracker:
+    """Writes ledger events to MLflow. Satisfies `protocols.Tracker`.
+
+    Args:
+        uri: Tracking URI, `sqlite:///...` or `http://...`.
+        experiment: Name of the experiment; made when missing.
+        study_folder: The study; its ledger is read for what was shipped before.
+        rebuild: Send everything again, whatever the sync state says. Makes no duplicates.
+
+    Raises:
+        ServerNotAnswering: MLflow cannot be reached.
+        TrackingError: MLflow refuses.
+        StudyError: There is no readable study in the folder.
+    """
+
+    def __init__(
+        self, uri: str, experiment: str, study_folder: Path | str, *, rebuild: bool = False
+    ) -> None:
+        self.uri, self.experiment, self.folder = uri, experiment, Path(study_folder)
+        self._rows = Rows()
+        self._seen = -1
+        self._sent_artifacts: dict[str, str] = {}
+        self._told: dict[str, dict[str, str]] = {}
+        self._header = study_header(self.folder)
+        self._rows.take(self._header)
+        with self._answers():
+            self._client = _connect(uri)
+            self.experiment_id = self._experiment_id()
+            self._runs, self._status = self._find_runs()
+        self._seen = int(self._header["seq"])
+        state = None if rebuild else read_state(self.folder)
+        if state is None or not self._still_there(state):
+            return  # the `study` event taken above is the first thing to be sent
+        if state.last_seq >= self._seen:
+            self._catch_up(state.last_seq)
+
+    @property
+    def last_seq(self) -> int:
+        """Sequence number of the last event taken; shipped once `write` has returned."""
+        return self._seen
+
+    @property
+    def terminal(self) -> bool:
+        """Whether the last event taken ended the study."""
+        return self._rows.terminal
+
+    @property
+    def num_runs(self) -> int:
+        """Runs of this study in MLflow, the parent's included."""
+        return len(self._runs)
+
+    def write(self, events: Sequence[Mapping[str, Any]]) -> None:
+        """Ships `events`; those already taken are passed over.
+
+        Raises:
+            ServerNotAnswering: Nothing is lost: `write([])` sends what is left.
+            TrackingError: MLflow refuses.
+        """
+        for event in events:
+            if event["seq"] > self._seen:
+                self._rows.take(event)
+                self._seen = int(event["seq"])
+        with self._answers():
+            self._flush()
+        self._save(complete=False)
+
+    def finish(self, *, interrupted: bool = False) -> None:
+        """Sends last things once there is nothing more to read: artifacts, how runs ended.
+
+        Args:
+            interrupted: The driver is gone and the study did not end.
+        """
+        if interrupted:
+            self._rows.interrupt()
+        for key, row in self._rows.rows.items():
+            if self._status.get(key) != row.status:
+                self._rows.dirty[key] = None
+        with self._answers():
+            self._flush()
+            self._send_artifacts()
+        self._save(complete=self.terminal)
+
+    def close(self) -> None:
+        """Does nothing more: every `write` leaves all of it shipped."""
+
+    # -- connecting ------------------------------------------------------------------------------
+
+    def _experiment_id(self) -> str:
+        found = self._client.get_experiment_by_name(self.experiment)
+        if found is None:
+            try:
+                experiment_id = self._client.create_experiment(
+                    self.experiment,
+                    artifact_location=_artifact_location(self.uri, self.folder, self.experiment),
+                    # Opens its runs in the pages for trainings, not in those for chat traces.
+                    tags={"mlflow.experimentKind": "custom_model_development"},
+                )
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+                return self._experiment_id()  # another study has just made it
+            return str(experiment_id)
+        if found.lifecycle_stage != "active":
+            raise TrackingError(
+                f"the MLflow experiment '{self.experiment}' at {self.uri} was deleted; restore it "
+                "there or set tracking.experiment to another name"
+            )
+        return str(found.experiment_id)
+
+    def _find_runs(self) -> tuple[dict[str, str], dict[str, str]]:
+        """Run ids and statuses of this study's runs, by trial id (`STUDY` for the parent)."""
+        runs: dict[str, str] = {}
+        status: dict[str, str] = {}
+        token = None
+        while True:
+            page = self._client.search_runs(
+                [self.experiment_id],
+                filter_string=f"tags.`llp.study_key` = {quoted(self._rows.study_key)}",
+                max_results=200,
+                order_by=["attributes.start_time ASC"],
+                page_token=token,
+            )
+            for run in page:
+                key = run.data.tags.get("llp.trial_id", STUDY)
+                runs.setdefault(key, run.info.run_id)
+                status.setdefault(key, run.info.status)
+            token = page.token
+            if not token:
+                return runs, status
+
+    def _still_there(self, state: SyncState) -> bool:
+        """Whether MLflow still has what the sync state says was shipped."""
+        return (
+            (state.uri, state.experiment_id, state.study_key)
+            == (self.uri, self.experiment_id, self._rows.study_key)
+            and self._runs.get(STUDY) == state.parent_run_id
+            and state.runs.items() <= self._runs.items()
+        )
+
+    def _catch_up(self, last_seq: int) -> None:
+        """Takes in what was shipped before, to know what the rest means."""
+        for event in read_events(self.folder):
+            if self._seen < event["seq"] <= last_seq:
+                self._rows.take(event)
+                self._seen = int(event["seq"])
+                if self._seen % 1000 == 0:
+                    self._rows.forget()
+        self._rows.forget()
+
+    @contextlib.contextmanager
+    def _answers(self) -> Iterator[None]:
+        """Turns whatever MLflow and the network raise into a sentence with the URI."""
+        name = self.folder.resolve().name
+        rest = f"the study is safe in its ledger; `llp sync {name}` ships the rest"
+        try:
+            yield
+        except MlflowException as error:
+            reason = _first_line(error)
+            status = int(error.get_http_status_code())  # type: ignore[no-untyped-call]
+            if status in {408, 429} or status >= 500:
+                raise ServerNotAnswering(
+                    f"MLflow at {self.uri} does not answer: {reason}; {rest}"
+                ) from error
+            raise TrackingError(f"MLflow at {self.uri} refuses: {reason}; {rest}") from error
+        except OSError as error:  # requests' errors are OSErrors too
+            raise ServerNotAnswering(
+                f"MLflow at {self.uri} does not answer: {_first_line(error)}; {rest}"
+            ) from error
+
+    # -- sending ---------------------------------------------------------------------------------
+
+    def _flush(self) -> None:
+        """Sends every changed row; one that was sent is clean at once, so a retry goes on there."""
+        for key in list(self._rows.dirty):
+            self._send(key, self._rows.rows[key])
+            self._rows.rows[key].metrics.clear()
+            del self._rows.dirty[key]
+
+    def _send(self, key: str, row: Row) -> None:
+        new = key not in self._runs
+        if new:
+            self._create(key, row)
+        run_id, wanted = self._runs[key], self._tags(key, row)
+        known = self._told.get(key)  # None: not yet by this process, so params and all tags go
+        metrics = [Metric(*metric) for metric in row.metrics]
+        params = [Param(n, v) for n, v in row.params.items()] if known is None else []
+        tags = [RunTag(n, v) for n, v in wanted.items() if (known or {}).get(n) != v]
+        for start in range(0, max(len(params), 1), _MAX_PARAMS):
+            self._client.log_batch(
+                run_id,
+                params=params[start : start + _MAX_PARAMS],
+                tags=tags if start == 0 else (),
+                metrics=metrics[: _MAX_METRICS - _MAX_PARAMS - len(tags)] if start == 0 else (),
+            )
+        for start in range(_MAX_METRICS - _MAX_PARAMS - len(tags), len(metrics), _MAX_METRICS):
+            self._client.log_batch(run_id, metrics=metrics[start : start + _MAX_METRICS])
+        self._told[key] = dict(wanted)
+        if key == STUDY and new:
+            self._send_artifacts()
+        if self._status.get(key) != row.status:
+            self._set_status(key, row)
+
+    def _create(self, key: str, row: Row) -> None:
+        if key != STUDY and STUDY not in self._runs:
+            self._create(STUDY, self._rows.rows[STUDY])
+        run = self._client.create_run(
+            self.experiment_id,
+            start_time=row.start,
+            tags=self._tags(key, row),
+            run_name=row.name,
+        )
+        self._runs[key], self._status[key] = run.info.run_id, "RUNNING"
+
+    def _tags(self, key: str, row: Row) -> dict[str, str]:
+        return row.tags if key == STUDY else {**row.tags, "mlflow.parentRunId": self._runs[STUDY]}
+
+    def _set_status(self, key: str, row: Row) -> None:
+        if RunStatus.is_terminated(RunStatus.from_string(row.status)):
+            self._client.set_terminated(self._runs[key], row.status, row.end)
+        else:
+            self._client.update_run(self._runs[key], status=row.status)
+        self._status[key] = row.status
+
+    def _send_artifacts(self) -> None:
+        """Dataset, spec and report of the study, each only when it changed."""
+        if STUDY in self._runs and "dataset" not in self._sent_artifacts:
+            self._client.log_inputs(self._runs[STUDY], [_dataset(self._header)])
+            self._sent_artifacts["dataset"] = "sent"
+        for name in _ARTIFACTS:
+            path = self.folder / name
+            if STUDY in self._runs and path.is_file():
+                digest = hashlib.sha256(path.read_bytes()).hexdigest()
+                if self._sent_artifacts.get(name) != digest:
+                    self._client.log_artifact(self._runs[STUDY], str(path))
+                    self._sent_artifacts[name] = digest
+
+    def _save(self, *, complete: bool) -> None:
+        runs = dict(self._runs)
+        parent = runs.pop(STUDY, "")
+        state = SyncState(
+            uri=self.uri,
+            experiment=self.experiment,
+            experiment_id=self.experiment_id,
+            study_id=str(self._header["study_id"]),
+            study_key=self._rows.study_key,
+            parent_run_id=parent,
+            runs=runs,
+            last_seq=self._seen,
+            complete=complete,
+        )
+        write_state(self.folder, state)
+
+
+def _connect(uri: str) -> MlflowClient:
+    """A client; for SQLite one process at a time, because making the tables is not atomic there.
+
+    Raises:
+        OSError: The folder of the SQLite file cannot be made or written.
+    """
+    path = _sqlite_path(uri)
+    if path is None:
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"{path.parent} cannot be written")
+    lock = FileLock.acquire(
+        path.with_name(f".{path.name}.lock"), busy=f"{path} is being made by", wait_seconds=60.0
+    )
+    try:
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    finally:
+        lock.release()
+
+
+def _sqlite_path(uri: str) -> Path | None:
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+def _artifact_location(uri: str, folder: Path, experiment: str) -> str | None:
+    """Beside the database, not in whatever folder `llp` happens to run in; servers know theirs."""
+    if is_server(uri) or uri.startswith("databricks"):
+        return None
+    path = _sqlite_path(uri)
+    root = path.parent if path is not None else folder.parent
+    return (root / "mlflow_artifacts" / experiment.replace("/", "_")).resolve().as_uri()
+
+
+def _dataset(header: Mapping[str, Any]) -> DatasetInput:
+    """The data as MLflow records it: a name, a digest and where it came from; no images."""
+    spec = header.get("spec", {}).get("dataset", {})
+    found = header.get("dataset") or {}
+    plain = json.dumps(spec, sort_keys=True).encode("utf-8", "replace")
+    digest = str(found.get("digest") or hashlib.sha256(plain).hexdigest())
+    num_train = header.get("num_train")
+    profile = {"num_rows": num_train, "num_classes": header.get("num_classes")}
+    source = found.get("source") or spec.get("root") or spec.get("name", "")
+    dataset = Dataset(
+        name=safe_text(found.get("name") or spec.get("name") or "dataset", 500),
+        digest=safe_text(digest[:32], 32),
+        source_type="local",
+        source=json.dumps({"uri": safe_text(source, 2000)}),
+        profile=json.dumps(profile),
+    )
+    return DatasetInput(dataset, tags=[InputTag("mlflow.data.context", "training")])
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return safe_text(text.splitlines()[0], 300)

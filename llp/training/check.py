@@ -1,0 +1,146 @@
+"""One batch through forward, backward and evaluation, before any worker starts: `check_batch`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from llp.errors import SpecError
+from llp.records import HyperparameterValue
+from llp.spec.schema import Spec
+from llp.training import loop
+from llp.training.recipe import Recipe
+from llp.workloads.batches import Batches
+from llp.workloads.images import ImageData
+
+
+def check_batch(spec: Spec, data: ImageData, device: str | torch.device = "cpu") -> dict[str, Any]:
+    """Trains one step and evaluates one batch with the file's recipe and with a sampled one.
+
+    Args:
+        spec: The experiment.
+        data: Its images; neither more than one batch nor the test split is read.
+        device: Where to try it.
+
+    Returns:
+        `parameters` (count), `output_shape`, `loss` (before the step), `seconds` (of the step) and
+        `device` for the file's recipe, and the same under `sampled` with its `hyperparameters`.
+
+    Raises:
+        SpecError: The recipe does not fit together, the model cannot be built, fails on a batch or
+            does not give one logit per class, or nothing in it can be trained.
+    """
+    device = torch.device(device)
+    state = torch.get_rng_state()
+    try:
+        report = _one_step(spec, data, device, {})
+        hyperparameters = _sample(spec, np.random.default_rng(spec.seed))
+        sampled = _one_step(spec, data, device, hyperparameters)
+    finally:
+        torch.set_rng_state(state)
+    return {**report, "sampled": {"hyperparameters": hyperparameters, **sampled}}
+
+
+def _one_step(
+    spec: Spec,
+    data: ImageData,
+    device: torch.device,
+    hyperparameters: Mapping[str, HyperparameterValue],
+) -> dict[str, Any]:
+    recipe = Recipe.of(spec, hyperparameters)
+    torch.default_generator.manual_seed(spec.seed)
+    try:
+        model = recipe.build_model(
+            channels=data.channels, image_size=data.image_size, num_classes=data.num_classes
+        ).to(device)
+    except SpecError:
+        raise
+    except Exception as error:
+        raise SpecError(
+            f"model '{recipe.model}' with {dict(recipe.model_options)} cannot be built for "
+            f"{data.channels}x{data.image_size}x{data.image_size} images and "
+            f"{data.num_classes} classes: {type(error).__name__}: {error}"
+        ) from error
+    count = min(recipe.batch_size, len(data.train))
+    batches = Batches(
+        data.train,
+        range(count),
+        batch_size=count,
+        mean=data.mean,
+        std=data.std,
+        augmentation=recipe.augmentations(),
+        device=device,
+    )
+    images, labels = next(iter(batches.epoch(0)))
+    shape = _output_shape(recipe, model, images, data)
+    steps = loop.Steps(
+        model=model,
+        optimizer=recipe.build_optimizer(model),
+        criterion=functional.cross_entropy,
+        schedule=lambda step: 1.0,
+        device=device,
+        precision=recipe.precision,
+        gradient_clip=recipe.gradient_clip,
+    )
+    started = time.perf_counter()
+    try:
+        progress = loop.train_epoch(steps, [(images, labels)], first_step=0)
+    except loop.Diverged as error:
+        raise SpecError(f"model '{recipe.model}' on its first batch: {error}") from error
+    except Exception as error:
+        raise _failed("a training step", recipe, error) from error
+    seconds = time.perf_counter() - started
+    try:
+        loop.evaluate(model, batches, device, precision=recipe.precision)
+    except Exception as error:
+        raise _failed("an evaluation", recipe, error) from error
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "output_shape": list(shape),
+        "loss": progress.mean_loss,
+        "seconds": seconds,
+        "device": str(device),
+    }
+
+
+def _output_shape(
+    recipe: Recipe, model: nn.Module, images: torch.Tensor, data: ImageData
+) -> torch.Size:
+    model.eval()
+    try:
+        with torch.no_grad(), loop.autocast(images.device, recipe.precision):
+            output = model(images)
+    except Exception as error:
+        raise _failed(f"a batch of {list(images.shape)} images", recipe, error) from error
+    wanted = (len(images), data.num_classes)
+    found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+    if found != wanted:
+        raise SpecError(
+            f"model '{recipe.model}' must give logits of shape {list(wanted)} (images, classes) "
+            f"for images of shape {list(images.shape)}, and gives "
+            f"{list(found) if isinstance(found, tuple) else found}"
+        )
+    return torch.Size(wanted)
+
+
+def _failed(what: str, recipe: Recipe, error: Exception) -> SpecError:
+    return SpecError(f"model '{recipe.model}' fails on {what}: {type(error).__name__}: {error}")
+
+
+def _sample(spec: Spec, generator: np.random.Generator) -> dict[str, HyperparameterValue]:
+    """One value of each parameter that is active; constraints between parameters are not looked at.
+
+    Parameters are drawn in passes, so that a condition may name one that stands after it.
+    """
+    values: dict[str, HyperparameterValue] = {}
+    for _ in spec.search_space:
+        for name, domain in spec.search_space.items():
+            if name not in values and domain.active(values):
+                values[name] = domain.sample(generator)
+    return values

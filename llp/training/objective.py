@@ -1,0 +1,279 @@
+"""What a worker does with a probe or a verification: `TrainingObjective`, made from a `Spec`.
+
+`JobObjective` is the seam: it turns a `Job` into reports and a `JobEnd` (see `jobs`), and asks one
+method, `prepare`, for everything that is particular: model, optimizer, loss, batches, schedule.
+`TrainingObjective` prepares from the experiment file, `python_objective.CallableObjective` from the
+user's functions.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from llp.errors import CheckpointError, EnvironmentProblem
+from llp.protocols import Report
+from llp.records import CheckpointRef, Job, JobEnd, Rung
+from llp.spec.schema import Spec
+from llp.training import checkpoint, jobs, schedules
+from llp.training.check import check_batch
+from llp.training.recipe import Recipe
+from llp.workloads.batches import Batches
+from llp.workloads.images import ImageData
+from llp.workloads.subsets import nested_order
+
+CHECKPOINT_SECONDS = 30.0
+"""Wall-clock seconds between snapshots of a running job; shorter jobs write none."""
+
+
+class JobObjective(ABC):
+    """Runs jobs; see `protocols.Objective`. Picklable: what was put on a device stays behind.
+
+    Args:
+        folder: The study folder; weights go to its `checkpoints/`.
+        device: `cpu`, `cuda`, `cuda:1`, ...; None chooses when the first job starts.
+        threads: CPU threads torch may use in this process; None leaves that alone.
+        checkpoint_seconds: Wall-clock seconds between snapshots of a running job.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        threads: int | None = None,
+        checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    ) -> None:
+        self.folder = Path(folder)
+        self.device = None if device is None else str(device)
+        self.threads = threads
+        self.checkpoint_seconds = checkpoint_seconds
+        self._cache: dict[Any, Any] = {}
+
+    @abstractmethod
+    def prepare(self, job: Job, device: torch.device) -> jobs.Setup:
+        """Everything `job` trains, on `device`; called with the global generators freshly seeded.
+
+        What it raises becomes the outcome of the job.
+        """
+
+    @abstractmethod
+    def identity(self, job: Job) -> str:
+        """What determines the result of `job` beside the job itself; guards its snapshots."""
+
+    def choose_device(self) -> torch.device:
+        """The device to train on when none was given: CUDA when there is one."""
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def __call__(self, job: Job) -> Generator[Report, None, JobEnd]:
+        """Trains; yields a `CurvePoint` per evaluation (and a `Verification`), returns the end.
+
+        Closing the generator early is safe and writes nothing: a job that a driver stops has no
+        checkpoint. Jobs of one process may be interleaved.
+
+        Raises:
+            EnvironmentProblem: The disk is full, or a GPU was asked for and there is none.
+        """
+        if job.kind not in ("probe", "verify"):
+            raise ValueError(f"{type(self).__name__} does not work on '{job.kind}' jobs")
+        device = torch.device(self.device) if self.device else self.choose_device()
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise EnvironmentProblem(f"training on '{device}' was asked for and CUDA sees no GPU")
+        if self.threads is not None and torch.get_num_threads() != self.threads:
+            torch.set_num_threads(self.threads)
+        run = jobs.JobRun(
+            job,
+            lambda: self.prepare(job, device),
+            folder=self.folder,
+            identity=self.identity(job),
+            device=device,
+            checkpoint_seconds=self.checkpoint_seconds,
+        )
+        return (yield from run.reports())
+
+    def discard_partial(self, job_id: str) -> None:
+        """Removes the snapshot of a job that was stopped, or failed for the last time."""
+        jobs.discard_partial(self.folder, job_id)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cache": {}}
+
+
+class TrainingObjective(JobObjective):
+    """Trains the network of an experiment file on the job's nested subset.
+
+    A probe sees the first `job.rung.num_examples` of one order of the training split that is fixed
+    by the spec's seed, a verification all of it. `job.seed` fixes initialisation, data order and
+    augmentation. Validation is evaluated on the whole validation split; the test split is read
+    once, after the last epoch of a verification, and dropped from the data of every probe.
+
+    Args:
+        spec: The experiment.
+        data: Its images.
+        folder: The study folder.
+        device: None: a GPU when `resources.gpus_per_trial` is above 0, else the CPU.
+        threads: See `JobObjective`.
+        checkpoint_seconds: See `JobObjective`.
+    """
+
+    def __init__(
+        self,
+        spec: Spec | Mapping[str, Any],
+        data: ImageData,
+        folder: str | Path,
+        device: str | torch.device | None = None,
+        *,
+        threads: int | None = None,
+        checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    ) -> None:
+        super().__init__(
+            folder, device=device, threads=threads, checkpoint_seconds=checkpoint_seconds
+        )
+        self.spec = spec if isinstance(spec, Spec) else Spec.model_validate(spec)
+        self.data = data
+
+    def choose_device(self) -> torch.device:
+        """CUDA exactly when the experiment gives its trials a share of a GPU."""
+        return torch.device("cuda" if self.spec.resources.gpus_per_trial > 0 else "cpu")
+
+    def identity(self, job: Job) -> str:
+        """Data and every section of the experiment that training reads."""
+        spec = self.spec.model_dump_json(
+            include={
+                "seed": True,
+                "model": True,
+                "training": True,
+                "verification": {"epochs"},
+                "tier1": {"report_every", "data_fractions"},
+            }
+        )
+        return f"{self.data.digest} {spec}"
+
+    def rung(self, job: Job) -> Rung:
+        """The budget of `job`: its own, or for a verification the full training's."""
+        if job.kind == "probe":
+            return job.rung
+        return Rung(
+            rung=len(self.spec.tier1.data_fractions) + 1,
+            data_fraction=1.0,
+            num_examples=len(self.data.train),
+            epochs=self.spec.verification.epochs or self.spec.training.epochs,
+        )
+
+    def prepare(self, job: Job, device: torch.device) -> jobs.Setup:
+        """See `JobObjective.prepare`."""
+        data = self.data if job.kind == "verify" else self.data.without_test()
+        rung, recipe = self.rung(job), Recipe.of(self.spec, job.trial.hyperparameters)
+        if not 1 <= rung.num_examples <= len(data.train):
+            raise ValueError(
+                f"rung {rung.rung} needs {rung.num_examples} training images "
+                f"and there are {len(data.train)}"
+            )
+        model = recipe.build_model(
+            channels=data.channels, image_size=data.image_size, num_classes=data.num_classes
+        ).to(device)
+        channels_last = wants_channels_last(model, device, recipe.precision)
+        if channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        if job.start_from is not None:
+            load_weights(model, job.start_from, folder=self.folder)
+        train = Batches(
+            data.train,
+            None if job.kind == "verify" else self._order()[: rung.num_examples],
+            batch_size=recipe.batch_size,
+            mean=data.mean,
+            std=data.std,
+            shuffle=True,
+            seed=job.seed,
+            augmentation=recipe.augmentations(),
+            device=device,
+            channels_last=channels_last,
+        )
+        size = evaluation_batch_size(recipe.batch_size, job.micro_batch_divisor)
+        evaluation = partial(
+            Batches,
+            batch_size=size,
+            mean=data.mean,
+            std=data.std,
+            device=device,
+            channels_last=channels_last,
+        )
+        key = ("validation", size, device, channels_last)
+        if key not in self._cache:
+            self._cache = {k: v for k, v in self._cache.items() if k[0] != "validation"}
+            self._cache[key] = evaluation(data.validation)
+        return jobs.Setup(
+            rung=rung,
+            model=model,
+            optimizer=recipe.build_optimizer(model),
+            criterion=partial(functional.cross_entropy, label_smoothing=recipe.label_smoothing),
+            schedule=schedules.planned(
+                recipe.schedule,
+                num_steps=rung.epochs * len(train),
+                warmup_fraction=recipe.warmup_fraction,
+            ),
+            train=train,
+            validation=self._cache[key],
+            test=None if data.test is None else partial(evaluation, data.test),
+            guessing_loss=math.log(data.num_classes) if data.num_classes > 1 else None,
+            precision=recipe.precision,
+            gradient_clip=recipe.gradient_clip,
+            compile=recipe.compile,
+            report_every=self.spec.tier1.report_every,
+        )
+
+    def _order(self) -> Any:
+        if ("order",) not in self._cache:
+            self._cache[("order",)] = nested_order(self.data.train.labels, seed=self.spec.seed)
+        return self._cache[("order",)]
+
+
+def load_weights(model: nn.Module, reference: CheckpointRef, *, folder: str | Path) -> None:
+    """Puts the weights behind `reference` into `model`.
+
+    Raises:
+        CheckpointError: Missing, altered, or of another architecture.
+    """
+    state = checkpoint.load_ref(reference, root=folder)
+    try:
+        model.load_state_dict(state["model"])
+    except (KeyError, RuntimeError) as error:
+        raise CheckpointError(
+            f"checkpoint {reference.path} holds the weights of another network: {error}"
+        ) from error
+
+
+def evaluation_batch_size(batch_size: int, micro_batch_divisor: int = 1) -> int:
+    """Examples per evaluation batch: four training batches, within [64, 512].
+
+    Without gradients four times the examples take less memory than a training step.
+    """
+    return max(min(max(4 * batch_size, 64), 512) // micro_batch_divisor, 1)
+
+
+def wants_channels_last(model: nn.Module, device: torch.device, precision: str) -> bool:
+    """Whether the network runs faster in channels_last: half-precision convolutions on a GPU."""
+    return (
+        device.type == "cuda"
+        and precision != "float32"
+        and any(isinstance(module, nn.Conv2d) for module in model.modules())
+    )
+
+
+__all__ = [
+    "CHECKPOINT_SECONDS",
+    "JobObjective",
+    "TrainingObjective",
+    "check_batch",
+    "evaluation_batch_size",
+    "load_weights",
+    "wants_channels_last",
+]
