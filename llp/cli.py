@@ -151,6 +151,7 @@ def search(
         json=json,
         quiet=quiet,
         root=spec.output.root,
+        mlflow=spec.tracking.mlflow,
     )
 
 
@@ -181,13 +182,19 @@ def resume(
     from llp import pipeline
 
     folder = _study(study, root)
+    root = str(folder.parent)
     _run(
         lambda on_event: pipeline.resume(
-            folder, root=root, overrides=override or (), on_event=on_event, command=_command()
+            folder,
+            root=root,
+            overrides=override or (),
+            on_event=on_event,
+            command=_command(),
         ),
         json=json,
         quiet=quiet,
         root=root,
+        mlflow=_uses_mlflow(folder, override or ()),
     )
 
 
@@ -197,10 +204,11 @@ def _run(
     json: bool,
     quiet: bool,
     root: str,
+    mlflow: bool,
 ) -> None:
     """Runs a search under a display and prints what came of it."""
     from llp.progress import Reporter, write_line
-    from llp.tracking import ledger
+    from llp.tracking import ledger, links
 
     reporter = Reporter(
         console=_console(stderr=True), machine=sys.stdout if json else None, quiet=quiet
@@ -222,11 +230,27 @@ def _run(
         raise
     if json:
         write_line(sys.stdout, {"event": "result", "result": result})
-    _show_summary(result, Path(root) / result.study_id, _console(stderr=json))
-    if late:
-        raise late
+    folder = ledger.find_study(root, result.study_id)
+    _show_summary(result, folder, _console(stderr=json))
     if result.winner is None:
         raise NoTrialSucceeded(f"no trial of {result.study_id} produced a usable result")
+    if late:
+        raise late
+    shipped = links.read_state(folder)
+    if mlflow and not (shipped and shipped.complete):
+        raise TrackingError(
+            "the search is done, but MLflow has not received all of it; see "
+            f"{folder / 'mlflow.log'}, then run: llp sync {shlex.quote(str(folder))}"
+        )
+
+
+def _uses_mlflow(folder: Path, overrides: Iterable[str]) -> bool:
+    from llp.tracking import ledger
+
+    if any(override.startswith("tracking.mlflow=") for override in overrides):
+        return False  # switched for this driver: what arrives is not ours to judge
+    tracking = ledger.study_header(folder)["spec"].get("tracking") or {}
+    return bool(tracking.get("mlflow"))
 
 
 def _resume_hint(reporter: Reporter, root: str) -> str:
@@ -559,7 +583,9 @@ def _row(table: Table, *cells: object) -> None:
 
 
 def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")
+    from llp.progress import say
+
+    say(sys.stderr, text)
 
 
 def _command() -> str:

@@ -117,6 +117,7 @@ class ProbeSource:
         stop_rules: Asked after every point.
         seed: Of the study.
         warm: Whether a promotion starts from the weights of the rung below.
+        report_every: Epochs between two points of a job.
     """
 
     study: Study
@@ -126,6 +127,7 @@ class ProbeSource:
     stop_rules: Sequence[StopRule] = ()
     seed: int = 0
     warm: bool = False
+    report_every: int = 1
 
     def __post_init__(self) -> None:
         self._live = False
@@ -170,7 +172,7 @@ class ProbeSource:
         if self._hopeless():
             return WAIT if state.running else DONE
         step = self.scheduler.next_step(state)
-        if step == WAIT or step == DONE:
+        if step in (WAIT, DONE):
             return step
         if isinstance(step, NewTrial):
             index = len(state.trials)
@@ -228,8 +230,9 @@ class ProbeSource:
             record_point(self.study, job, report)
         curve = state.curve(job.trial.trial_id, job.rung.rung, up_to=report.epoch)
         finished = state.finished_curves(job.rung.rung) if self.stop_rules else []
+        num_points = math.ceil(job.rung.epochs / self.report_every)
         for rule in self.stop_rules:
-            verdict = rule.decide(curve, epochs=job.rung.epochs, finished=finished)
+            verdict = rule.decide(curve, num_points=num_points, finished=finished)
             if verdict.stop:
                 decision = Decision(
                     "stop",
@@ -280,8 +283,9 @@ class ListedSource:
             if event["event"] == "job" and event["job"]["job_id"] in self._attempts:
                 self._attempts[event["job"]["job_id"]] += 1
             elif event["event"] == "job_end" and event["end"]["job_id"] in self._failures:
-                if self._settled(from_plain(JobEnd, event["end"])):
-                    over.add(event["end"]["job_id"])
+                end = from_plain(JobEnd, event["end"])
+                if self._settled(end):
+                    over.add(end.job_id)
         self._todo = [job for job in jobs if job.job_id not in over]
 
     def _settled(self, end: JobEnd) -> bool:

@@ -282,7 +282,6 @@ def _drive(
                     spec.resources.max_concurrent,
                 ),
                 folder=folder / "ray",
-                report_every=spec.tier1.report_every,
                 seconds_limit=spec.tier1.trial_seconds,
             )
         finish(spec, study, folder)
@@ -315,6 +314,7 @@ def probes(spec: Spec, study: Study) -> ProbeSource:
         ],
         seed=spec.seed,
         warm=spec.tier1.promotion == "warm",
+        report_every=spec.tier1.report_every,
     )
 
 

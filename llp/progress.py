@@ -29,7 +29,7 @@ from llp import registry
 from llp.records import to_plain
 from llp.reporting import formats
 
-PLAIN_SECONDS = 5.0
+PLAIN_SECONDS = 10.0
 """Least time between two ordinary lines where there is no terminal."""
 
 _PHASES = {
@@ -128,7 +128,7 @@ class ProgressState:
         status: `running`, `finished` or `failed`.
         winner: Trial id once finished.
         failure: Why the study failed.
-        mlflow: State of MLflow in words, where a tick brought it.
+        mlflow: What MLflow is doing, in words, when the display has to say so.
     """
 
     study_id: str = ""
@@ -147,11 +147,11 @@ class ProgressState:
     mlflow: str = ""
     _earlier_seconds: float = 0.0
     _session_start: float = 0.0
-    _session_samples: int = 0
+    _workers: int = 1  # most jobs that ran at once under this driver
     _last: float = 0.0
 
     def update(self, event: Mapping[str, Any]) -> None:
-        """Takes in one ledger event (or a transient `tick`); unknown events change nothing."""
+        """Takes in one ledger event; unknown events change nothing."""
         before = self._last
         if event.get("time") is not None:
             self._last = max(before, float(event["time"]))
@@ -183,10 +183,10 @@ class ProgressState:
             self.scores = [(row["trial_id"], _number(row["value"])) for row in rows]
         elif name == "finished":
             self.status, self.winner = "finished", str(event.get("winner") or "")
+            if self.section("tracking").get("mlflow"):
+                self.mlflow = "receiving the last of it"
         elif name == "failed":
             self.status, self.failure = "failed", str(event.get("reason", ""))
-        elif name == "tick" and event.get("mlflow"):
-            self.mlflow = str(event["mlflow"])
 
     def _begin(self, event: Mapping[str, Any]) -> None:
         self.study_id = str(event["study_id"])
@@ -197,12 +197,15 @@ class ProgressState:
         )
         self._session_start = self._last
         tier1 = self.section("tier1")
-        scheduler = registry.load("schedulers", str(tier1.get("scheduler", "asha")))(
-            self.num_trials, len(self.rungs), int(tier1.get("reduction_factor", 3))
+        make = registry.load("schedulers", str(tier1.get("scheduler", "asha")))
+        scheduler = make(
+            num_trials=self.num_trials,
+            num_rungs=len(self.rungs),
+            reduction_factor=int(tier1.get("reduction_factor", 3)),
         )
+        sizes = scheduler.sizes()
         self.expected_on = {
-            rung["rung"]: sum(sizes.get(rung["rung"], 0) for sizes in scheduler.sizes())
-            for rung in self.rungs
+            rung["rung"]: sum(size.get(rung["rung"], 0) for size in sizes) for rung in self.rungs
         }
 
     def _open(self, before: float) -> None:
@@ -212,8 +215,7 @@ class ProgressState:
         self._session_start = self._last
         for job in self.jobs.values():
             job.running = False
-        self._session_samples = self.samples_spent
-        self.status = "running"
+        self._workers, self.status = 1, "running"
 
     def _start(self, job: Mapping[str, Any]) -> None:
         view = self.jobs.setdefault(
@@ -226,6 +228,7 @@ class ProgressState:
             ),
         )
         view.running, view.accuracy = True, math.nan
+        self._workers = max(self._workers, sum(other.running for other in self.jobs.values()))
 
     # What follows is computed from the facts above whenever it is asked for.
 
@@ -295,29 +298,40 @@ class ProgressState:
         until = self._last if now is None or self.status != "running" else now
         return self._earlier_seconds + max(until - self._session_start, 0.0)
 
-    def remaining(self, now: float | None = None) -> float | None:
-        """Seconds still needed at this driver's pace so far; None before there is a pace.
+    def remaining(self) -> float | None:
+        """Seconds still needed, or None before a job has ended.
 
-        Stopped trials make it an overestimate. Tier 2 counts from its first finished measurement.
+        Jobs to come are taken to last as long as those that ended on their rung; where there is
+        none yet, as long per sample as on the highest rung that has one, which is too long. Tier 2
+        counts from its first measurement on.
         """
-        seconds = self.elapsed(now) - self._earlier_seconds
-        done = self.samples_spent - self._session_samples
-        if self.status != "running" or done <= 0 or seconds <= 0:
+        ended: dict[int, list[JobView]] = {}
+        for job in [*self.of("probe"), *self.of("verify")]:
+            if job.outcome and not job.running:
+                ended.setdefault(job.rung, []).append(job)
+        if self.status != "running" or not ended:
             return None
-        left = 0
-        if self.phases.get("tier1") != "end":
-            for rung, cost in self._rung_costs().items():
-                left += max(self.expected_on[rung] - self.counts("probe", rung)[0], 0) * cost
-        missing = max(self.expected("verify") - self.counts("verify")[0], 0)
-        left += missing * self.samples_verification
-        left -= sum(job.in_flight for job in self.jobs.values())
+        full = len(self.rungs) + 1
+        costs = {**self._rung_costs(), full: self.samples_verification}
+        each = {}
+        for rung, cost in costs.items():
+            jobs = ended.get(rung) or ended[max((r for r in ended if r < rung), default=min(ended))]
+            seconds = sum(job.seconds for job in jobs)
+            samples = max(sum(job.samples for job in jobs), 1)
+            each[rung] = seconds / len(jobs) if rung in ended else seconds / samples * cost
+        wanted = {} if self.phases.get("tier1") == "end" else dict(self.expected_on)
+        wanted[full] = self.expected("verify")
+        total = sum(
+            max(count - len(ended.get(rung, ())), 0) * each[rung] for rung, count in wanted.items()
+        )
+        for job in self.jobs.values():
+            if job.running and job.kind != "measure":
+                total -= min(job.in_flight / max(costs[job.rung], 1), 1) * each[job.rung]
         measured = [job.seconds for job in self.of("measure") if not job.running]
-        measures = 0.0
         if measured and self.phases.get("tier2") != "end":
-            workers = max(self.counts("measure")[1], 1)
             missing = max(self.expected("measure") - len(measured), 0)
-            measures = missing * sum(measured) / len(measured) / workers
-        return max(left, 0) * seconds / done + measures
+            total += missing * sum(measured) / len(measured)
+        return max(total, 0.0) / self._workers
 
     def endings(self) -> dict[str, Counter[str]]:
         """Outcome -> reason -> number of trials, for trials whose tier 1 is over."""
@@ -399,14 +413,11 @@ def _endings(state: ProgressState) -> str:
     return " · ".join(parts)
 
 
-def _cost(state: ProgressState) -> str:
+def _spent(state: ProgressState) -> str:
     measuring = sum(job.samples for job in state.of("measure"))
     training = formats.amount(state.samples_spent - measuring)
     text = f"{training} of {formats.amount(state.samples_planned)} planned samples"
-    if measuring:
-        text += f", {formats.amount(measuring)} more in tier 2"
-    full = formats.amount(state.samples_full_search)
-    return f"{text}; training all {state.num_trials} fully: {full}"
+    return text + (f", {formats.amount(measuring)} more in tier 2" if measuring else "")
 
 
 def _best(state: ProgressState) -> str:
@@ -448,10 +459,17 @@ def _rows(state: ProgressState) -> list[tuple[str, float, str]]:
 
 def _clock(state: ProgressState, now: float | None) -> str:
     text = clock(state.elapsed(now))
-    remaining = state.remaining(now)
-    if state.status != "running":
-        return f"{text} {state.status}"
-    return text + (f"  about {formats.duration(remaining)} left" if remaining is not None else "")
+    return f"{text}  {_left(state) if state.status == 'running' else state.status}"
+
+
+def _left(state: ProgressState) -> str:
+    if state.study_id and not state.jobs:
+        return "starting workers"
+    remaining = state.remaining()
+    if remaining is None or remaining < 1:
+        return ""
+    word = "about" if state.phases.get("tier1") == "end" else "up to"
+    return f"{word} {formats.duration(remaining)} left"
 
 
 def block(state: ProgressState, *, now: float | None = None) -> RenderableType:
@@ -473,10 +491,10 @@ def block(state: ProgressState, *, now: float | None = None) -> RenderableType:
     facts = Table.grid(padding=(0, 1))
     facts.add_column(no_wrap=True, width=6)
     facts.add_column(overflow="fold")
-    best = state.best
+    best, full = state.best, formats.amount(state.samples_full_search)
     for name, words in (
         ("ended", _endings(state)),
-        ("spent", _cost(state) if state.rungs else ""),
+        ("spent", f"{_spent(state)}; training all {state.num_trials} fully: {full}"),
         ("best", _best(state)),
         ("", settings(best.hyperparameters) if best else ""),
         ("mlflow", state.mlflow),
@@ -496,11 +514,10 @@ def sentence(state: ProgressState, *, now: float | None = None) -> str:
         if any(shown.get(phase) == name for phase in active):
             parts.append(f"{name}: {words}")
     ended = _endings(state)
-    remaining = state.remaining(now)
     parts += [ended] if ended else []
-    parts += [f"spent {_cost(state)}"] if state.rungs else []
+    parts += [f"spent {_spent(state)}"]
     parts += [f"best {_best(state)}"] if state.best else []
-    parts += [f"about {formats.duration(remaining)} left"] if remaining is not None else []
+    parts += [_left(state)] if _left(state) else []
     return printable(parts[0] + " " + " | ".join(parts[1:]))
 
 
@@ -546,6 +563,8 @@ def landmark(state: ProgressState, event: Mapping[str, Any]) -> str:
         result = event["verification"]
         accuracy = formats.percent(_number(result["test_accuracy"]))
         return printable(f"{result['trial_id']} seed {result['seed']}: test accuracy {accuracy}")
+    if name == "finished" and state.mlflow:
+        return f"winner {state.winner}; MLflow is {state.mlflow}"
     if name == "failed":
         return f"failed: {printable(event.get('reason', ''))}"
     return ""
@@ -590,6 +609,8 @@ class Reporter:
         trace: TracebackType | None,
     ) -> None:
         if self._live:
+            with self._lock:
+                self.state.mlflow = ""
             self._live.transient = not self.state.study_id
             self._live.stop()
             if self.state.study_id:
@@ -599,7 +620,7 @@ class Reporter:
         """Takes in and shows one event; those from before this process are taken in silently."""
         with self._lock:
             self.state.update(event)
-        if event.get("event") != "tick":
+        if self._machine is not None:
             write_line(self._machine, event)
         old = event.get("time") is not None and float(event["time"]) < self._opened - 1
         if self._quiet or old:
@@ -613,26 +634,27 @@ class Reporter:
         tier1_over = event.get("name") == "tier1" and event.get("status") == "end"
         if line:
             self._print(f"[{clock(self.state.elapsed(now))}] {line}")
-        elif tier1_over or (
-            now >= self._next_line and event.get("event") in ("job_end", "point", "tick")
-        ):
+        elif tier1_over or (now >= self._next_line and event.get("event") in ("job", "point")):
             self._print(sentence(self.state, now=now))
             self._next_line = now + PLAIN_SECONDS
 
     def _print(self, line: str) -> None:
-        self.console.file.write(line + "\n")
-        self.console.file.flush()
+        say(self.console.file, line)
 
 
-def write_line(stream: TextIO | None, event: Mapping[str, Any]) -> None:
-    """Writes one strict JSON object on one line; non-finite numbers become null.
+def say(stream: TextIO, line: str) -> None:
+    """Writes `line` at once; a reader that has gone away (`| head -1`, a killed `tee`) is no error.
 
-    A reader that has gone away (`llp search --json ... | head -1`) does not end the search.
+    What follows on that stream goes nowhere: neither a search nor its exit code depends on who
+    listens.
     """
-    if stream is None:
-        return
     try:
-        stream.write(json.dumps(to_plain(event), allow_nan=False, ensure_ascii=False) + "\n")
+        stream.write(line + "\n")
         stream.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def write_line(stream: TextIO, event: Mapping[str, Any]) -> None:
+    """Writes one strict JSON object on one line; non-finite numbers become null."""
+    say(stream, json.dumps(to_plain(event), allow_nan=False, ensure_ascii=False))

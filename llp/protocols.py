@@ -43,9 +43,9 @@ class StopRule(Protocol):
     name: str
 
     def decide(
-        self, curve: LearningCurve, *, epochs: int, finished: Sequence[LearningCurve]
+        self, curve: LearningCurve, *, num_points: int, finished: Sequence[LearningCurve]
     ) -> StopDecision:
-        """The verdict on `curve`, which will have `epochs` points if it runs to its end.
+        """The verdict on `curve`, which will have `num_points` points if it runs to its end.
 
         `finished` are the completed curves of other trials on the same rung, in ledger order.
         """

@@ -165,7 +165,9 @@ METRICS: dict[str, Entry] = {
     "hessian_eigenvalues": Entry(
         "llp.flatness.metrics:hessian_eigenvalues", "top Hessian eigenvalues with residuals"
     ),
-    "hessian_trace": Entry("llp.flatness.metrics:hessian_trace", "Hutchinson estimate of the trace"),
+    "hessian_trace": Entry(
+        "llp.flatness.metrics:hessian_trace", "Hutchinson estimate of the trace"
+    ),
     "swa_gain": Entry(
         "llp.flatness.refinements:swa_gain",
         "validation gain of a short stochastic-weight-averaging continuation",

@@ -33,6 +33,12 @@ def record(**values):
     return make_dataclass("Record", list(values), frozen=True)(**values)
 
 
+def sync_state(**values):
+    """What is known of the study in MLflow."""
+    known = {"uri": "sqlite:///x.db", "experiment": "llp/made-up", "experiment_id": "7"}
+    return links.SyncState(**{**known, "study_id": STUDY, "study_key": "key", **values})
+
+
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """An empty working folder."""
@@ -57,12 +63,14 @@ def street(place, monkeypatch):
     `street.calls` holds the arguments.
     """
     events = make_events()
-    fake = SimpleNamespace(calls=[], events=events)
+    fake = SimpleNamespace(calls=[], events=events, synced=True)
 
     def play(on_event):
         for event in fake.events:
             on_event(event)
-        return ledger.load_study(write_study(place / "llp_studies" / STUDY, fake.events))
+        folder = write_study(place / "llp_studies" / STUDY, fake.events)
+        links.write_state(folder, sync_state(complete=fake.synced))
+        return ledger.load_study(folder)
 
     fake.act = play
     plan = record(
@@ -322,6 +330,17 @@ def test_a_winner_that_mlflow_has_not_heard_of_is_shown_with_exit_code_5(run, st
     assert "llp sync" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("setting", "code"), [("tracking.mlflow=true", 5), ("tracking.mlflow=false", 0)]
+)
+def test_a_shipper_that_did_not_get_through_is_exit_5(run, street, file, setting, code):
+    street.synced = False
+    result = run("search", file, "--set", setting)
+    assert result.exit_code == code
+    assert f"winner {street.events[-1]['winner']}" in result.stdout
+    assert ("llp sync" in result.stderr) == (code == 5)
+
+
 def test_a_search_without_a_winner_ends_with_3(run, street, file):
     street.events = make_events()
     street.events[-1]["winner"] = None
@@ -459,14 +478,7 @@ def test_ui_prints_the_link_of_a_server_and_starts_nothing(run, place):
     events = make_events()
     events[0]["spec"]["tracking"]["uri"] = "http://mlflow.example:5000"
     folder = write_study(place / "llp_studies" / STUDY, events)
-    state = links.SyncState(
-        uri="http://mlflow.example:5000",
-        experiment="llp/made-up",
-        experiment_id="7",
-        study_id=STUDY,
-        study_key="key",
-    )
-    links.write_state(folder, state)
+    links.write_state(folder, sync_state(uri="http://mlflow.example:5000"))
     result = run("ui")
     assert result.exit_code == 0, result.output
     assert result.stdout.strip() == links.study_link(folder)

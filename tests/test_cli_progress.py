@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import threading
 import time
 
@@ -204,10 +205,10 @@ def test_replayed_events_are_counted_but_not_shown_again(monkeypatch):
     assert text == ""
 
 
-def test_machines_get_every_event_once_and_ticks_never(monkeypatch):
+def test_machines_get_every_event_once(monkeypatch):
     events = fresh(make_events())
     machine = io.StringIO()
-    text = run_plain([*events, {"event": "tick"}], monkeypatch, 1.0, machine=machine, quiet=True)
+    text = run_plain(events, monkeypatch, 1.0, machine=machine, quiet=True)
     seen = [json.loads(line) for line in machine.getvalue().splitlines()]
     assert [event["seq"] for event in seen] == list(range(len(events)))
     assert text == ""
@@ -248,12 +249,15 @@ def test_a_resumed_search_says_so_once_without_a_terminal(monkeypatch):
     assert "t006-r1 failed" not in text
 
 
-def test_a_search_outlives_the_reader_of_its_json(tmp_path):
-    import os
-
+@pytest.mark.parametrize("role", ["people", "machine"])
+def test_a_search_outlives_its_reader(role):
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write, "w") as stream:
-        write_line(stream, {"event": "first"})
-        write_line(stream, {"event": "second"})
+        given = {"machine": stream} if role == "machine" else {}
+        console = Console(file=io.StringIO() if given else stream)
+        with Reporter(console=console, **given) as reporter:
+            for event in fresh(make_events()):
+                reporter(event)
+        assert reporter.state.winner
         assert os.fstat(stream.fileno()).st_rdev == os.stat(os.devnull).st_rdev

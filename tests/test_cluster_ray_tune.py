@@ -96,7 +96,7 @@ def test_workers_are_reused_from_job_to_job(tmp_path):
 
 def test_every_report_arrives_once_and_in_order(tmp_path):
     source = Listed(["fine"] * 4, epochs=5)
-    run(source, tmp_path, report_every=2)
+    run(source, tmp_path)
     for job_id in ("j0", "j1", "j2", "j3"):
         assert [r.epoch for j, r in source.reports if j == job_id] == [1, 2, 3, 4, 5]
 

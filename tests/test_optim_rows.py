@@ -21,9 +21,7 @@ LEARNING_RATE = {"sgd": 0.02, "adam": 0.05, "adamw": 0.05}
 
 def make(name: str, parameters: Any, weight_decay: float = 0.0, **options: Any) -> Any:
     rate = LEARNING_RATE.get(name, 0.05)
-    return optim.build(
-        name, parameters, learning_rate=rate, weight_decay=weight_decay, **options
-    )
+    return optim.build(name, parameters, learning_rate=rate, weight_decay=weight_decay, **options)
 
 
 def quadratic(seed: int = 0) -> tuple[nn.Parameter, Callable[[], torch.Tensor]]:
@@ -104,8 +102,7 @@ def test_options_of_the_table_are_those_of_the_function(name: str) -> None:
     defaults = {
         key: parameter.default
         for key, parameter in signature.items()
-        if parameter.kind is parameter.KEYWORD_ONLY
-        and key not in {"learning_rate", "weight_decay"}
+        if parameter.kind is parameter.KEYWORD_ONLY and key not in {"learning_rate", "weight_decay"}
     }
     assert defaults == registry.options("optimizers", name)
 

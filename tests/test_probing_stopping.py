@@ -53,7 +53,9 @@ def test_a_hopeless_job_is_stopped_and_a_good_one_is_not():
     bad, good = noisy("bad", 0.5, 12, 99), noisy("good", 0.92, 12, 98)
     rule = PowerLaw()
     verdict = rule.decide(
-        curve("bad", [p.validation_accuracy for p in bad.points[:5]]), epochs=12, finished=finished
+        curve("bad", [p.validation_accuracy for p in bad.points[:5]]),
+        num_points=12,
+        finished=finished,
     )
     assert verdict.stop
     assert verdict.reason == "power_law"
@@ -72,16 +74,16 @@ def test_nothing_is_stopped_on_too_little_evidence():
     finished = [noisy(f"f{i}", 0.9, 12, i) for i in range(8)]
     bad = [p.validation_accuracy for p in noisy("bad", 0.3, 12, 5).points]
     rule = PowerLaw()
-    assert not rule.decide(curve("bad", bad[:3]), epochs=12, finished=finished).stop
-    assert not rule.decide(curve("bad", bad[:6]), epochs=12, finished=finished[:2]).stop
-    assert not rule.decide(curve("bad", bad), epochs=12, finished=finished).stop
+    assert not rule.decide(curve("bad", bad[:3]), num_points=12, finished=finished).stop
+    assert not rule.decide(curve("bad", bad[:6]), num_points=12, finished=finished[:2]).stop
+    assert not rule.decide(curve("bad", bad), num_points=12, finished=finished).stop
 
 
 def test_a_jobs_own_completed_curve_is_no_evidence_against_it():
     own = noisy("a", 0.5, 12, 1)
     others = [noisy(f"f{i}", 0.9, 12, i) for i in range(2)]
     cut = LearningCurve("a", 1, own.points[:6])
-    assert not PowerLaw().decide(cut, epochs=12, finished=[own, *others]).stop
+    assert not PowerLaw().decide(cut, num_points=12, finished=[own, *others]).stop
 
 
 def test_intervals_cover_what_comes_out():
@@ -92,7 +94,7 @@ def test_intervals_cover_what_comes_out():
     for i in range(0, 400, 10):
         group = curves[i : i + 10]
         cut = LearningCurve(group[0].trial_id, 1, group[0].points[:6])
-        forecast = PowerLaw().decide(cut, epochs=12, finished=group[1:]).predicted_final
+        forecast = PowerLaw().decide(cut, num_points=12, finished=group[1:]).predicted_final
         assert forecast is not None
         assert forecast.level == pytest.approx(0.9)
         covered.append(forecast.low <= group[0].points[-1].validation_accuracy <= forecast.high)
@@ -104,7 +106,7 @@ def test_a_nan_curve_is_left_to_the_divergence_check():
     finished = [noisy(f"f{i}", 0.9, 12, i) for i in range(8)]
     assert (
         not PowerLaw()
-        .decide(curve("n", [0.3, math.nan, 0.3, 0.3, 0.3]), epochs=12, finished=finished)
+        .decide(curve("n", [0.3, math.nan, 0.3, 0.3, 0.3]), num_points=12, finished=finished)
         .stop
     )
 
@@ -113,7 +115,7 @@ def test_plateau_waits_for_its_patience():
     losses = [1.0, 0.5, 0.6, 0.6, 0.6, 0.6, 0.6, 0.6]
     rule = Plateau(patience_fraction=0.5)
     at = [
-        rule.decide(curve("p", [0.5] * n, losses[:n]), epochs=10, finished=[]).stop
+        rule.decide(curve("p", [0.5] * n, losses[:n]), num_points=10, finished=[]).stop
         for n in range(1, 9)
     ]
     assert at == [False] * 6 + [True, True]
@@ -127,7 +129,7 @@ def test_every_stop_rule_goes_through_the_same_life_cycle(name):
     assert rule.name == name
     for n in range(1, 11):
         cut = LearningCurve("x", 1, full.points[:n])
-        first = rule.decide(cut, epochs=10, finished=finished)
-        assert first == rule.decide(cut, epochs=10, finished=list(finished))
+        first = rule.decide(cut, num_points=10, finished=finished)
+        assert first == rule.decide(cut, num_points=10, finished=list(finished))
         assert bool(first.reason) == first.stop
-    assert not rule.decide(full, epochs=10, finished=finished).stop
+    assert not rule.decide(full, num_points=10, finished=finished).stop

@@ -58,12 +58,9 @@ def runs_of(uri: str, experiment: str) -> dict[str, Any]:
 
 def num_runs(uri: str, experiment: str) -> int:
     """Runs of an experiment, straight from the database."""
-    query = "SELECT count(*) FROM runs JOIN experiments USING (experiment_id) WHERE experiments.name = ?"
-    try:
-        with sqlite3.connect(uri.removeprefix("sqlite:///")) as connection:
-            (found,) = connection.execute(query, [experiment]).fetchone()
-    except sqlite3.OperationalError:  # its tables are being made
-        return 0
+    query = "SELECT count(*) FROM runs JOIN experiments AS e USING (experiment_id) WHERE e.name = ?"
+    with sqlite3.connect(uri.removeprefix("sqlite:///")) as connection:
+        (found,) = connection.execute(query, [experiment]).fetchone()
     return int(found)
 
 
@@ -223,7 +220,10 @@ def test_new_tracker_completes_what_an_exception_cut_short(
     assert snapshot(uri, "cut") == snapshot(uri, experiment)
 
 
-def test_killed_shipper_leaves_no_gap_and_no_duplicate(uri: str, tmp_path: Path) -> None:
+def test_killed_shipper_leaves_no_gap_and_no_duplicate(
+    shipped: tuple[str, str, Path], tmp_path: Path
+) -> None:
+    uri, _, _ = shipped
     events = make_events(24, seed=2)
     killed = write_study(tmp_path / "killed", events)
     command = [sys.executable, "-m", "llp.tracking.shipper", str(killed), "--uri", uri]
@@ -242,6 +242,39 @@ def test_killed_shipper_leaves_no_gap_and_no_duplicate(uri: str, tmp_path: Path)
     whole = write_study(tmp_path / "not-killed", events)
     ship(whole, uri, "not-killed")
     assert snapshot(uri, "killed") == snapshot(uri, "not-killed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [10_000, 200_000, 500_000])
+def test_shipper_killed_while_mlflow_makes_its_tables_does_no_harm(
+    tmp_path: Path, size: int
+) -> None:
+    folder = write_study(tmp_path / "s", make_events(1))
+    making = tmp_path / ".mlflow.db.making"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "llp.tracking.shipper", str(folder)],
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        while process.poll() is None:
+            if making.exists() and making.stat().st_size >= size:
+                break
+            time.sleep(0.005)
+    finally:
+        process.kill()
+        process.wait()
+    assert making.exists(), "the kill was to fall into the making of the tables"
+    assert not (tmp_path / "mlflow.db").exists()
+    assert ship(folder).num_runs == 2
+    assert sorted(path.name for path in tmp_path.glob(".mlflow.db.*")) == [".mlflow.db.lock"]
+
+
+def test_file_that_is_no_database_is_named(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "s", make_events(1))
+    (tmp_path / "mlflow.db").write_text("certainly not a database" * 100)
+    with pytest.raises(TrackingError, match=r"mlflow\.db does not answer.*not a database"):
+        ship(folder, give_up_after=0.0)
 
 
 def test_deleted_parent_is_made_again(uri: str, tmp_path: Path) -> None:
@@ -314,6 +347,23 @@ def test_background_process_follows_the_study_to_its_end(uri: str, tmp_path: Pat
     log = (folder / "mlflow.log").read_text()
     assert "shipped" in log
     assert "View run" not in log
+
+
+def test_follower_ends_when_no_driver_has_the_study_any_more(uri: str, tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "s", make_events(2)[:9])
+    ledger = Ledger.open(folder)  # as the driver that then fails without a last word
+    looks = 0
+
+    def look() -> bool:
+        nonlocal looks
+        looks += 1
+        if looks == 2:
+            ledger.close()
+        return False
+
+    shipped = ship(folder, uri, "left", follow=True, stop_when=look, interval=0.01)
+    assert (looks, shipped.ended) == (2, False)
+    assert {run.info.status for run in runs_of(uri, "left").values()} == {"KILLED"}
 
 
 def test_background_process_ends_soon_after_its_driver_was_killed(uri: str, tmp_path: Path) -> None:

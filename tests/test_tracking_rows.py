@@ -149,3 +149,18 @@ def test_hostile_study_is_translated_to_storable_text() -> None:
     assert any("script" in text for text in texts)
     for text in texts:
         assert not re.search("[\x00-\x08\ud800-\udfff]", text)
+
+
+def test_trial_that_was_not_promoted_ended_when_its_last_job_did() -> None:
+    events = make_events(12)
+    rows = rows_of(events).rows
+    for key, row in rows.items():
+        if key != STUDY:
+            ends = [
+                event["time"]
+                for event in events
+                if event["event"] == "job_end"
+                and event["kind"] == "probe"
+                and event["end"]["trial_id"] == key
+            ]
+            assert row.end == round(1000 * ends[-1])

@@ -40,9 +40,7 @@ def test_what_was_saved_is_what_is_loaded(tmp_path: Path) -> None:
     saved = state()
     reference = checkpoint.save("checkpoints/t000-r1.pt", saved, root=tmp_path)
     content = (tmp_path / "checkpoints" / "t000-r1.pt").read_bytes()
-    assert reference == CheckpointRef(
-        "checkpoints/t000-r1.pt", hashlib.sha256(content).hexdigest()
-    )
+    assert reference == CheckpointRef("checkpoints/t000-r1.pt", hashlib.sha256(content).hexdigest())
     loaded = checkpoint.load_ref(reference, root=tmp_path)
     assert loaded["epoch"] == 3
     assert loaded["points"] == saved["points"]
@@ -109,7 +107,7 @@ class Evil:
 def test_a_malicious_pickle_is_refused_and_not_run(tmp_path: Path, form: str) -> None:
     path, target = tmp_path / "evil.pt", tmp_path / "ran"
     if form == "pickle":
-        path.write_bytes(pickle.dumps(Evil(target)))
+        path.write_bytes(pickle.dumps(Evil(target), protocol=2))
     else:
         torch.save(Evil(target) if form == "torch" else {"model": [Evil(target)]}, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -144,7 +142,7 @@ def test_a_full_disk_is_an_environment_problem_and_leaves_the_old_file(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(EnvironmentProblem, match="the disk is full: .* bytes for .*a.pt"):
+    with pytest.raises(EnvironmentProblem, match=r"the disk is full: .* bytes for .*a\.pt"):
         checkpoint.save("a.pt", {"x": 2}, root=tmp_path)
     assert checkpoint.load_ref(reference, root=tmp_path) == {"x": 1}
     assert os.listdir(tmp_path) == ["a.pt"]

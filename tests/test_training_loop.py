@@ -76,7 +76,7 @@ def test_an_epoch_equals_the_textbook_loop() -> None:
         loss = functional.cross_entropy(output, y)
         loss.backward()
         optimizer.step()
-        loss_sum += float(loss) * len(y)
+        loss_sum += loss.item() * len(y)
         hits += int((output.argmax(1) == y).sum())
     assert torch.equal(weights(model), weights(reference))
     assert progress.mean_loss == pytest.approx(loss_sum / 17, rel=1e-6)
@@ -89,9 +89,7 @@ def test_an_epoch_equals_the_textbook_loop() -> None:
 def test_accumulated_micro_batches_equal_the_full_batch(divisor: int) -> None:
     data, whole, parts = Fixed(10, 10, 7), network(), network()
     one = loop.train_epoch(steps(whole), data.epoch(), first_step=0)
-    many = loop.train_epoch(
-        steps(parts, micro_batch_divisor=divisor), data.epoch(), first_step=0
-    )
+    many = loop.train_epoch(steps(parts, micro_batch_divisor=divisor), data.epoch(), first_step=0)
     assert torch.allclose(weights(whole), weights(parts), atol=1e-6)
     assert many.mean_loss == pytest.approx(one.mean_loss, abs=1e-6)
     assert many.accuracy == one.accuracy
@@ -121,9 +119,7 @@ def test_clipping_bounds_the_global_gradient_norm(limit: float) -> None:
     model = network()
     before, data = weights(model), Fixed(8)
     x, y = data.batches[0]
-    gradients = torch.autograd.grad(
-        functional.cross_entropy(model(x), y), list(model.parameters())
-    )
+    gradients = torch.autograd.grad(functional.cross_entropy(model(x), y), list(model.parameters()))
     norm = float(torch.cat([g.flatten() for g in gradients]).norm())
     loop.train_epoch(steps(model, rate=1.0, gradient_clip=limit), data.epoch(), first_step=0)
     moved = float((weights(model) - before).norm())
@@ -142,7 +138,7 @@ def test_an_epoch_taken_in_two_parts_is_the_same() -> None:
 
 def test_a_loss_that_is_no_number_ends_the_epoch() -> None:
     machine = steps(network(), rate=1e38)
-    with pytest.raises(loop.Diverged, match="training loss is (nan|inf) after 4 steps"):
+    with pytest.raises(loop.Diverged, match=r"training loss is (nan|inf) after 4 steps"):
         loop.train_epoch(machine, Fixed(8, 8, 8, 8).epoch(), first_step=0)
 
 
@@ -170,7 +166,7 @@ def test_evaluation_is_the_mean_over_examples_and_leaves_the_model_alone() -> No
     output = reference(inputs)
     expected = functional.cross_entropy(output, targets)
     assert loss == pytest.approx(float(expected), abs=1e-6)
-    assert accuracy == float((output.argmax(1) == targets).float().mean().double())
+    assert accuracy == float((output.argmax(1) == targets).double().mean())
     assert [m.training for m in model.children()] == [True, False, True, True]
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert not any(p.grad is not None for p in model.parameters())

@@ -120,8 +120,9 @@ def test_every_model_learns_one_small_batch_and_every_parameter_has_a_gradient(n
     torch.manual_seed(0)
     size = 32 if name.startswith("vgg") else 8
     model = build(name, NARROW.get(name, {}), channels=1, image_size=size, num_classes=4)
-    images, labels = torch.randn(8, 1, size, size), torch.arange(8) % 4
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    images, labels = torch.randn(4, 1, size, size), torch.arange(4)
+    slow = name in {"vgg11", "vgg16"}  # deep without batch norm: larger steps diverge
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4 if slow else 1e-3)
     losses: list[float] = []
     while len(losses) < 20 and (not losses or losses[-1] > 0.7 * losses[0]):
         optimizer.zero_grad()

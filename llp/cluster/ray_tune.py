@@ -6,8 +6,8 @@ counts what really runs, and Tune needs no state of its own: which job comes nex
 `JobSource`, which answers from the ledger. Tune brings placement, GPUs and fractions of them, actor
 reuse, failure detection and clusters.
 
-Workers run `JobTrainable`, a class trainable that is reused from job to job: Tune reuses actors only
-for trainables that implement `save_checkpoint` and `load_checkpoint`, otherwise it silently starts a
+Workers run `JobTrainable`, a class trainable that is reused from job to job. Tune reuses actors only
+for trainables with `save_checkpoint` and `load_checkpoint`; otherwise it silently starts a
 new process for each (about 20 times slower on short jobs).
 """
 
@@ -83,7 +83,7 @@ class Resources:
     max_concurrent: int | None = None
 
 
-class JobTrainable(tune.Trainable):  # type: ignore[misc]
+class JobTrainable(tune.Trainable):
     """A worker process: takes a job, works on it step by step, takes the next."""
 
     _work: Generator[Report, None, JobEnd] | None = None
@@ -92,13 +92,11 @@ class JobTrainable(tune.Trainable):  # type: ignore[misc]
         self,
         config: dict[str, Any],
         objective: Objective | None = None,
-        report_every: int = 1,
         seconds_limit: float | None = None,
     ) -> None:
         """Takes the first job. The objective comes through Ray's object store, once a worker."""
         assert objective is not None
         self._objective = objective
-        self._report_every = report_every
         self._seconds_limit = seconds_limit
         self._begin(config)
 
@@ -121,8 +119,8 @@ class JobTrainable(tune.Trainable):  # type: ignore[misc]
         try:
             if self._work is None:
                 self._work = iter(self._objective(self._job))  # type: ignore[assignment]
-            num_points = 0
-            while num_points < self._report_every:
+            pending = False  # a point that is not the last: worth a round trip
+            while not pending:
                 report = next(self._work)  # type: ignore[arg-type]
                 reports.append({"type": type(report).__name__, "value": to_plain(report)})
                 if isinstance(report, CurvePoint):
@@ -131,7 +129,7 @@ class JobTrainable(tune.Trainable):  # type: ignore[misc]
                     if end is not None:
                         break
                     # The last epoch is reported together with the end, in one round trip.
-                    num_points += report.epoch < self._job.rung.epochs
+                    pending = report.epoch < self._job.rung.epochs
         except StopIteration as stop:
             end = stop.value
         except Exception:  # noqa: BLE001  a bug in a user's model or dataset is an outcome
@@ -249,14 +247,14 @@ def _stopped(job: Job, point: CurvePoint, verdict: StopDecision) -> JobEnd:
     )
 
 
-class _BoardSearcher(Searcher):  # type: ignore[misc]
+class _BoardSearcher(Searcher):
     """Tune asks this for the next trial; it answers with the next job."""
 
     def __init__(self, board: _Board) -> None:
         super().__init__(metric="reports", mode="max")
         self._board = board
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
         job = self._board.suggest(trial_id)
         if job == "done":
             return str(Searcher.FINISHED)
@@ -274,11 +272,11 @@ class _BoardSearcher(Searcher):  # type: ignore[misc]
         """Nothing: the ledger is the state."""
 
 
-class _BoardScheduler(FIFOScheduler):  # type: ignore[misc]
+class _BoardScheduler(FIFOScheduler):
     """Passes every result to the board and stops what the board says."""
 
     def __init__(self, board: _Board) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._board = board
 
     def on_trial_result(
@@ -308,7 +306,6 @@ def run_jobs(
     *,
     resources: Resources,
     folder: Path,
-    report_every: int = 1,
     seconds_limit: float | None = None,
 ) -> None:
     """Runs jobs until the source says `done`.
@@ -318,7 +315,6 @@ def run_jobs(
         objective: Sent to every worker once.
         resources: Per job.
         folder: Where Tune may keep its files.
-        report_every: Epochs between two reports of a worker.
         seconds_limit: Wall-clock limit of a job; it then ends as stopped by `time_limit`.
 
     Raises:
@@ -340,7 +336,6 @@ def run_jobs(
         tune.with_parameters(
             JobTrainable,
             objective=objective,
-            report_every=report_every,
             seconds_limit=seconds_limit,
         ),
         {"cpu": resources.cpus, "gpu": resources.gpus},
@@ -374,7 +369,7 @@ def run_jobs(
 
 def _fitting(resources: Resources) -> int:
     """How many jobs fit on the cluster at once."""
-    total = ray.cluster_resources()
+    total = ray.cluster_resources()  # type: ignore[no-untyped-call]
     cpus, gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
     if resources.gpus > 0 and gpus < min(resources.gpus, 1):
         raise EnvironmentProblem(

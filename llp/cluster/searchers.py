@@ -1,8 +1,8 @@
 """Optuna's samplers through Ray Tune: TPE and Gaussian process.
 
-A searcher here is asked `suggest(index)` for trial 0, 1, 2, ... in order, and told the result of a
+A searcher is asked `suggest(index)` for trial 0, 1, 2, ... in order, and told the result of a
 trial's first rung by `tell(index, value)`. Values of one rung are comparable with each other, those
-of different rungs are not, so later rungs are not told. Asked and told in the same order, a searcher
+of different rungs are not, so later rungs are not told. Asked and told in the same order, it
 gives the same configurations: that is how a resumed study rebuilds it from the ledger.
 
 Bergstra et al., "Algorithms for Hyper-Parameter Optimization", NeurIPS 2011 (TPE).
@@ -47,6 +47,7 @@ class OptunaThroughTune:
         logging.getLogger("ray.tune.search").setLevel(logging.ERROR)
         self._space, self._constraints = dict(space), tuple(constraints)
         self._order = ordered(space)
+        self._keys: dict[int, str] = {}  # trial -> the suggestion that satisfied the constraints
         self._search = OptunaSearch(
             space=self._define, metric="validation_accuracy", mode="max", sampler=sampler
         )
@@ -66,7 +67,7 @@ class OptunaThroughTune:
         """
         for attempt in range(MAX_TRIES):
             key = str(index) if attempt == 0 else f"{index}.{attempt}"
-            suggested: dict[str, HyperparameterValue] = self._search.suggest(key)
+            suggested: dict[str, HyperparameterValue] = self._search.suggest(key) or {}
             values = {
                 name: domain.value
                 if isinstance(domain, Fixed)
@@ -75,7 +76,7 @@ class OptunaThroughTune:
                 if name in suggested or (isinstance(domain, Fixed) and domain.active(suggested))
             }
             if satisfied(self._constraints, values):
-                self._keys = getattr(self, "_keys", {}) | {index: key}
+                self._keys[index] = key
                 return values
             self._search.on_trial_complete(key, error=True)
         text = (

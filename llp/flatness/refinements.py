@@ -45,6 +45,7 @@ def swa_gain(context: MetricContext) -> list[Measurement]:
     if context.fresh is None:
         raise ValueError("swa_gain needs training and validation batches")
     started = time.perf_counter()
+    context.hessian.release()  # its graph may hold a quarter of the device's memory
     setup = context.fresh()
     device = next(setup.model.parameters()).device
     before = _per_example(setup.model, setup)

@@ -70,12 +70,14 @@ class PowerLaw:
     name: str = "power_law"
 
     def decide(
-        self, curve: LearningCurve, *, epochs: int, finished: Sequence[LearningCurve]
+        self, curve: LearningCurve, *, num_points: int, finished: Sequence[LearningCurve]
     ) -> StopDecision:
         """The verdict after the last point of `curve`."""
         seen = len(curve.points)
-        complete = [c for c in finished if len(c.points) == epochs and c.trial_id != curve.trial_id]
-        if seen < max(self.min_points, 4) or seen >= epochs:
+        complete = [
+            c for c in finished if len(c.points) == num_points and c.trial_id != curve.trial_id
+        ]
+        if seen < max(self.min_points, 4) or seen >= num_points:
             return CONTINUE
         if len(complete) < max(self.min_finished, 2, math.ceil(1 / self.keep_fraction)):
             return CONTINUE
@@ -87,11 +89,11 @@ class PowerLaw:
             errors = _errors(other)
             if errors is not None:
                 finals.append(errors[-1])
-                misses.append(errors[-1] - power_law_forecast(errors[:seen], epochs))
+                misses.append(errors[-1] - power_law_forecast(errors[:seen], num_points))
         if len(misses) < 2:
             return CONTINUE
         n = len(misses)
-        middle = power_law_forecast(own, epochs) + float(np.mean(misses))
+        middle = power_law_forecast(own, num_points) + float(np.mean(misses))
         spread = float(np.std(misses, ddof=1)) * math.sqrt(1 + 1 / n)
         reach = float(stats.t.ppf(self.confidence, n - 1)) * spread
         low, high = max(0.0, 1 - middle - reach), min(1.0, 1 - middle + reach)
@@ -104,7 +106,7 @@ class PowerLaw:
             stop=True,
             reason=self.name,
             predicted_final=forecast,
-            detail=f"forecast accuracy [{low:.3f}, {high:.3f}] at epoch {epochs} is below "
+            detail=f"forecast accuracy [{low:.3f}, {high:.3f}] at the end is below "
             f"{needed:.3f}, place {place} of {n} completed on rung {curve.rung}",
         )
 
@@ -124,21 +126,21 @@ class Plateau:
     name: str = "plateau"
 
     def decide(
-        self, curve: LearningCurve, *, epochs: int, finished: Sequence[LearningCurve]
+        self, curve: LearningCurve, *, num_points: int, finished: Sequence[LearningCurve]
     ) -> StopDecision:
         """The verdict after the last point of `curve`."""
         losses = np.array([point.validation_loss for point in curve.points])
-        if len(losses) < self.min_points or len(losses) >= epochs or np.isnan(losses).all():
+        if len(losses) < self.min_points or len(losses) >= num_points or np.isnan(losses).all():
             return CONTINUE
         best = int(np.nanargmin(losses))
         waited = len(losses) - 1 - best
-        if waited < math.ceil(self.patience_fraction * epochs):
+        if waited < math.ceil(self.patience_fraction * num_points):
             return CONTINUE
         return StopDecision(
             stop=True,
             reason=self.name,
-            detail=f"validation loss has not improved on {losses[best]:.4f} (epoch {best + 1}) "
-            f"for {waited} of {epochs} epochs",
+            detail=f"validation loss has not improved on {losses[best]:.4f} (point {best + 1}) "
+            f"for {waited} of {num_points} points",
         )
 
 

@@ -65,7 +65,7 @@ def space_section(result: SearchResult) -> Section:
         title="Importance",
         reading=importance.importance_reading(weights),
         svgs=drawn(importance.importance_figure(weights))
-        if weights.held_out == weights.held_out
+        if weights.held_out >= importance.USABLE
         else (),
         data=(Data("Importance and rank correlation", table(weights.frame, weight_columns)),)
         if len(weights.frame)

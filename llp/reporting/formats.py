@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import time
@@ -9,7 +10,7 @@ from typing import Any
 
 MISSING = "–"
 NBSP = "\u00a0"  # between a number and its unit
-_CONTROL = re.compile(  # control, line-separator, text-direction and non-characters
+UNPRINTABLE = re.compile(  # control, line-separator, text-direction and non-characters
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ufdd0-\ufdef\ufffe\uffff]"
 )
 _CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+@")
@@ -25,8 +26,23 @@ def clean(value: Any) -> str:
     'http://***@host/x'
     """
     text = str(value).replace("\r\n", "\n").replace("\r", "\n")
-    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return _CREDENTIALS.sub("***@", _CONTROL.sub("\ufffd", text))
+    return _CREDENTIALS.sub("***@", UNPRINTABLE.sub("\ufffd", _whole_characters(text)))
+
+
+def quoted(value: Any) -> str:
+    r"""`value` as a double-quoted YAML and JSON string in which nothing unprintable is left.
+
+    >>> quoted('a"b\x00')
+    '"a\\"b\\u0000"'
+    """
+    text = _CREDENTIALS.sub("***@", _whole_characters(str(value)))
+    return UNPRINTABLE.sub(
+        lambda match: f"\\u{ord(match[0]):04x}", json.dumps(text, ensure_ascii=False)
+    )
+
+
+def _whole_characters(text: str) -> str:
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def short(value: Any, length: int = 18) -> str:
@@ -140,7 +156,7 @@ def duration(seconds: Any) -> str:
     """Seconds in the two largest fitting units.
 
     >>> [duration(s).replace(NBSP, " ") for s in (4.21, 192, 7_500, 100_000)]
-    ['4.2 s', '3 min 12 s', '2 h 5 min', '1 d 4 h']
+    ['4.2 s', '3 min 12 s', '2 h 5 min', '1 d 3 h']
     """
     if not is_number(seconds):
         return MISSING

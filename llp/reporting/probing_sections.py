@@ -269,6 +269,9 @@ def trials_section(result: SearchResult) -> Section:
         Column("seed", "seed", str),
     )
     frame = pd.DataFrame([row for _, row in rows], columns=[c.key for c in columns], dtype=object)
+    order_note = "By score, then by rung and accuracy"
+    if result.winner:
+        order_note = "The winner first, then by score"
     outcomes = Counter(str(row["outcome"]) for _, row in rows)
     exhibit = Exhibit(
         key="trials",
@@ -277,6 +280,6 @@ def trials_section(result: SearchResult) -> Section:
         if len(frame)
         else "No trial has been started.",
         data=(Data("", table(frame, columns), shown=True, sortable=True),) if len(frame) else (),
-        note="The winner first, then by score. Click a heading to sort." if len(frame) else "",
+        note=f"{order_note}. Click a heading to sort." if len(frame) else "",
     )
     return Section("trials", "All trials", "Accuracy is on the validation split.", (exhibit,))

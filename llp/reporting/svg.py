@@ -13,15 +13,14 @@ import io
 import re
 import warnings
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import Formatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from llp.reporting import formats
 from llp.reporting.palette import LIGHT
@@ -68,6 +67,22 @@ _DECIMAL = re.compile(r"-?\d+\.\d+")
 _FONT_SIZE = re.compile(r"([\d.]+)px")
 
 
+class _Percent(Formatter):
+    """Shares in percent, with as few decimals as tell all ticks apart from their neighbours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ticks: list[float] = []
+
+    def set_locs(self, locs: list[float]) -> None:
+        self._ticks = [float(tick) for tick in locs]
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        ticks = [100 * tick for tick in self._ticks]
+        exact = (d for d in (0, 1, 2) if all(abs(round(t, d) - t) < 1e-6 for t in ticks))
+        return formats.percent(x, next(exact, 3))
+
+
 @contextmanager
 def drawing() -> Iterator[None]:
     """The page's plot style while a figure is made; the user's matplotlib settings come back."""
@@ -75,14 +90,31 @@ def drawing() -> Iterator[None]:
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)
         warnings.filterwarnings("ignore", message="Glyph .* missing")
-        warnings.filterwarnings("ignore", message="constrained_layout not applied")
         yield
 
 
-def canvas(size: tuple[float, float] = PANEL) -> tuple[Figure, Axes]:
-    """An empty figure of `size` inches with one pair of axes."""
-    figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03))
+def canvas(
+    size: tuple[float, float] = PANEL,
+    *,
+    left: float = 0.46,
+    right: float = 0.14,
+    bottom: float = 0.24,
+    top: float = 0.24,
+) -> tuple[Figure, Axes]:
+    """An empty figure of `size` inches with one pair of axes inside these margins, in inches.
+
+    Margins are given and not fitted: matplotlib's layout engines draw everything twice, and measure
+    a font that the reader's browser may not have.
+    """
+    figure = Figure(figsize=size)
+    width, height = size
+    figure.subplots_adjust(left / width, bottom / height, 1 - right / width, 1 - top / height)
     return figure, figure.add_subplot()
+
+
+def label_width(labels: Iterable[str]) -> float:
+    """Room in inches for the longest of `labels` at the usual size, with a gap."""
+    return 0.12 + 0.055 * max((len(label) for label in labels), default=0)
 
 
 def log_axis(axes: Axes, which: str, low: float, high: float) -> None:
@@ -96,19 +128,14 @@ def log_axis(axes: Axes, which: str, low: float, high: float) -> None:
     else:
         axis.set_major_locator(LogLocator(numticks=6))
     axis.set_major_formatter(FuncFormatter(lambda value, _: formats.number(value)))
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(NullLocator())
 
 
 def percent_axis(axes: Axes, which: str = "y") -> None:
     """Labels the axis of a share in [0, 1] in percent."""
     axis = axes.yaxis if which == "y" else axes.xaxis
     axis.set_major_locator(MaxNLocator(nbins=5))
-
-    def label(value: float, _: int | None) -> str:
-        low, high = sorted(axis.get_view_interval())
-        return f"{100 * value:.{1 if high - low < 0.04 else 0}f} %"
-
-    axis.set_major_formatter(FuncFormatter(label))
+    axis.set_major_formatter(_Percent())
 
 
 def inline(figure: Figure, *, key: str, title: str, description: str = "") -> str:
@@ -125,7 +152,8 @@ def inline(figure: Figure, *, key: str, title: str, description: str = "") -> st
     """
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    root = ElementTree.fromstring(buffer.getvalue())
+    drawn = formats.UNPRINTABLE.sub("\ufffd", buffer.getvalue().decode("utf-8"))
+    root = ElementTree.fromstring(drawn)
     used = set(_references(root))
     for parent in root.iter():
         for child in list(parent):

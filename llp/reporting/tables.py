@@ -46,6 +46,12 @@ class Table:
     omitted: int = 0
 
 
+def finite(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
+    """The rows of `frame` in which all of `columns` are finite numbers."""
+    keep = [all(map(formats.is_number, row)) for row in frame[list(columns)].to_numpy().tolist()]
+    return frame[pd.Series(keep, index=frame.index, dtype=bool)]
+
+
 def text(key: str, label: str) -> Column:
     """A column of words."""
     return Column(key, label, lambda value: formats.clean(formats.number(value)), numeric=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -53,10 +52,10 @@ def _scalar(value: Any) -> str:
         return str(value)
     if isinstance(value, float):
         return _float(value)
-    text = formats.clean(value)
+    text = str(value)
     if _PLAIN.match(text) and text.lower() not in _WORDS:
         return text
-    return json.dumps(text, ensure_ascii=False)
+    return formats.quoted(text)
 
 
 def _float(value: float) -> str:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import (
@@ -105,11 +105,14 @@ class Uniform(_Domain):
             return float(generator.uniform(self.low, self.high))
         return self._multiple(int(generator.integers(0, self._num_steps() + 1)))
 
-    def finite(self) -> list[float] | None:
-        """All values in order, or None when there are infinitely many."""
-        if self.step is None:
-            return None
-        return [self._multiple(k) for k in range(self._num_steps() + 1)]
+    @property
+    def num_values(self) -> int | None:
+        """How many values there are; None: no end."""
+        return None if self.step is None else self._num_steps() + 1
+
+    def finite(self) -> list[float]:
+        """All values in order; empty when there are infinitely many."""
+        return [self._multiple(k) for k in range(self.num_values or 0)]
 
     def _num_steps(self) -> int:
         return math.floor((self.high - self.low) / (self.step or 1) + 1e-9)
@@ -139,9 +142,11 @@ class LogUniform(_Domain):
         drawn = math.exp(generator.uniform(math.log(self.low), math.log(self.high)))
         return min(max(drawn, self.low), self.high)
 
-    def finite(self) -> None:
-        """None: there are infinitely many values."""
-        return None
+    num_values: ClassVar[int | None] = None
+
+    def finite(self) -> list[float]:
+        """Empty: there are infinitely many values."""
+        return []
 
 
 class Integer(_Domain):
@@ -174,6 +179,11 @@ class Integer(_Domain):
             generator.integers(0, (self.high - self.low) // self.step + 1)
         )
 
+    @property
+    def num_values(self) -> int:
+        """How many values there are."""
+        return len(self.finite())
+
     def finite(self) -> range:
         """All values in order."""
         return range(self.low, self.high + 1, self.step)
@@ -196,6 +206,11 @@ class Choice(_Domain):
         """One value."""
         return self.values[int(generator.integers(0, len(self.values)))]
 
+    @property
+    def num_values(self) -> int:
+        """How many values there are."""
+        return len(self.values)
+
     def finite(self) -> list[HyperparameterValue]:
         """All values in order."""
         return self.values
@@ -210,6 +225,8 @@ class Fixed(_Domain):
     def sample(self, generator: np.random.Generator) -> HyperparameterValue:
         """The value."""
         return self.value
+
+    num_values: ClassVar[int] = 1
 
     def finite(self) -> list[HyperparameterValue]:
         """The one value."""
@@ -334,7 +351,7 @@ class GridSearch:
         self, space: Mapping[str, Domain], constraints: Sequence[str] = (), seed: int = 0
     ) -> None:
         order = ordered(space)
-        endless = [name for name in order if space[name].finite() is None]
+        endless = [name for name in order if space[name].num_values is None]
         if endless:
             raise SpecError(
                 Problem(
@@ -344,12 +361,15 @@ class GridSearch:
                 )
                 for name in endless
             )
+        too_large = SpecError(
+            [Problem(f"the grid has over {MAX_GRID:,} combinations", path="search_space")]
+        )
+        if any((space[name].num_values or 0) > MAX_GRID for name in order):
+            raise too_large
         self._points: list[dict[str, HyperparameterValue]] = []
         for visited, values in enumerate(_combinations(space, order, {})):
             if visited >= MAX_GRID:
-                raise SpecError(
-                    [Problem(f"the grid has over {MAX_GRID:,} combinations", path="search_space")]
-                )
+                raise too_large
             if satisfied(constraints, values):
                 self._points.append(values)
 
@@ -379,7 +399,7 @@ def _combinations(
     if not space[name].active(values):
         yield from _combinations(space, rest, values)
         return
-    for value in space[name].finite() or ():
+    for value in space[name].finite():
         yield from _combinations(space, rest, {**values, name: value})
 
 
@@ -393,5 +413,5 @@ def _check_bounds(low: float, high: float) -> None:
 def _check_step(step: float, width: float) -> None:
     if step > width:
         raise wrong(f"a step of {step:g} is over the width {width:g} of the domain", "step")
-    if width / step > 2**31:
+    if isinstance(step, float) and width / step > 2**31:
         raise wrong(f"a step of {step:g} makes over 2^31 values; drop it", "step")

@@ -53,6 +53,8 @@ def unusable(table: str, name: str, *, without: Iterable[str] = ()) -> str | Non
 
 def known(table: str, name: str) -> dict[str, Any]:
     """Option -> default of a usable `name`; empty when it is not usable."""
+    if name in registry.TABLES[table]:
+        return dict(registry.TABLES[table][name].options)
     if unusable(table, name):
         return {}
     try:

@@ -234,6 +234,8 @@ class _Builder:
         data: Any = None
         if isinstance(event, ScalarEvent):
             data = _scalar(event)
+            if not event.value and event.implicit[0]:  # marked where the next key begins
+                self.source.values[path] = self.source.keys[path]
         elif isinstance(event, CollectionStartEvent):
             data = {} if isinstance(event, MappingStartEvent) else []
             if not event.flow_style and path:  # a block starts on a later line than its key

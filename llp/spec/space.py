@@ -70,7 +70,7 @@ def findings(spec: Spec) -> list[Finding]:
     """Path and message of everything wrong with `search_space` and `constraints`."""
     conditions = [*_conditions(spec.search_space)]
     found = [*conditions, *_read(spec, skip_conditions=bool(conditions))]
-    found += [*_constraints(spec, can_draw=not conditions)]
+    found += _constraints(spec, found)
     return found
 
 
@@ -105,7 +105,9 @@ def _read(spec: Spec, *, skip_conditions: bool) -> Iterator[Finding]:
         "optimizer": {name: options.known("optimizers", name) for name in optimizers(spec)},
         "model": {name: options.known("models", name) for name in models(spec)},
     }
-    if any(options.unusable(f"{kind}s", name) for kind, names in readers.items() for name in names):
+    if not all(readers.values()) or any(
+        options.unusable(f"{kind}s", name) for kind, names in readers.items() for name in names
+    ):
         readers = {}
     for name, domain in spec.search_space.items():
         path = f"search_space.{name}"
@@ -253,10 +255,10 @@ def _conditions(space: Mapping[str, Domain]) -> Iterator[Finding]:
             if parent not in space:
                 yield path, f"{unknown('parameter', parent, set(space) - {name})} (of search_space)"
                 continue
-            if isinstance(space[parent], Uniform | LogUniform) and space[parent].finite() is None:
+            if isinstance(space[parent], Uniform | LogUniform):
                 yield (
                     path,
-                    f"'{parent}' is continuous and never has one given value; use constraints",
+                    f"'{parent}' is a real number and never exactly one value; use constraints",
                 )
                 continue
             if not as_list(values):
@@ -275,9 +277,7 @@ def _can_be(domain: Domain, value: HyperparameterValue) -> bool:
         return any(same(value, one) for one in domain.finite())
     if isinstance(value, bool | str):
         return False
-    if isinstance(domain, Integer):
-        return value in domain.finite()
-    return any(abs(one - value) < 1e-12 * max(1, abs(one)) for one in domain.finite() or ())
+    return isinstance(domain, Integer) and value in domain.finite()
 
 
 def _circle(space: Mapping[str, Domain], start: str) -> list[str] | None:
@@ -295,7 +295,9 @@ def _circle(space: Mapping[str, Domain], start: str) -> list[str] | None:
     return None
 
 
-def _constraints(spec: Spec, *, can_draw: bool) -> Iterator[Finding]:
+def _constraints(spec: Spec, before: Sequence[Finding]) -> list[Finding]:
+    """What is wrong with the constraints, less what follows from the findings `before`."""
+    misnamed = any("nothing reads" in message for _, message in before)
     found = []
     for k, text in enumerate(spec.constraints):
         path = f"constraints.{k}"
@@ -305,7 +307,7 @@ def _constraints(spec: Spec, *, can_draw: bool) -> Iterator[Finding]:
             found.append((path, f"'{text[:60]}' {error}"))
             continue
         for name in names:
-            if name not in spec.search_space:
+            if name not in spec.search_space and not misnamed:
                 message = f"{unknown('parameter', name, spec.search_space)} (of search_space)"
                 if name in SEARCHABLE:
                     message = (
@@ -314,9 +316,9 @@ def _constraints(spec: Spec, *, can_draw: bool) -> Iterator[Finding]:
                 found.append((path, message))
         if not names:
             found.append((path, f"'{text[:60]}' names no parameter"))
-    yield from found
-    if spec.constraints and can_draw and not found:
-        yield from _satisfiable(spec)
+    if spec.constraints and not found and not before:
+        found += _satisfiable(spec)
+    return found
 
 
 def _satisfiable(spec: Spec) -> Iterator[Finding]:

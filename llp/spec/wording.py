@@ -157,7 +157,7 @@ def render(error: SpecError | Iterable[Problem], *, width: int = 100) -> str:
     listed = list(error.problems if isinstance(error, SpecError) else error)
     lines: list[str] = []
     for problem in listed[:MAX_SHOWN]:
-        lines.append(f"error: {problem}")
+        lines.append(_printable(f"error: {problem}"))
         lines.extend(_excerpt(problem, width))
     if len(listed) > MAX_SHOWN:
         lines.append(f"and {len(listed) - MAX_SHOWN} more")
@@ -245,8 +245,13 @@ def _excerpt(problem: Problem, width: int) -> list[str]:
         row = text.splitlines()[problem.line - 1]
     except (OSError, IndexError):
         return []
-    row = "".join(letter if letter.isprintable() else " " for letter in row)
+    row = _printable(row)
     start = max(0, problem.column - width // 2) if len(row) > width else 0
     margin = f"{problem.line:>5} | "
     caret = " " * (len(margin) + problem.column - 1 - start) + "^"
     return [margin + row[start : start + width], caret]
+
+
+def _printable(text: str) -> str:
+    """`text` without control characters, which could drive the terminal."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)

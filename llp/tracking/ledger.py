@@ -9,7 +9,6 @@ and can be computed again.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import threading
@@ -20,14 +19,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from llp.errors import EnvironmentProblem, StudyError, nearest
+from llp.errors import StudyError, nearest
 from llp.records import SearchResult, to_plain
 from llp.tracking.files import disk_problem, fsync_folder
+from llp.tracking.lines import LEDGER_VERSION, decode, drop_torn_line, encode, read_lines
 from llp.tracking.lock import FileLock, holder
 from llp.tracking.replay import result_from_events
-
-LEDGER_VERSION = 1
-"""Version of the event list; a ledger of a higher version is refused."""
 
 LEDGER_NAME = "ledger.jsonl"
 LOCK_NAME = "lock"
@@ -112,8 +109,8 @@ class Ledger:
             except OSError as error:
                 raise disk_problem(error, path) from error
             try:
-                _drop_torn_line(descriptor, path)
-                num_events = sum(1 for _ in _read(path))
+                drop_torn_line(descriptor, path)
+                num_events = sum(1 for _ in read_lines(path))
             except BaseException:
                 os.close(descriptor)
                 raise
@@ -156,7 +153,7 @@ class Ledger:
                         **to_plain(payload),
                     }
                 )
-            data = b"".join(_encode(line) for line in lines)
+            data = b"".join(encode(line) for line in lines)
             self._write(self._descriptor, data)
             self._num_events += len(lines)
             return lines
@@ -180,7 +177,7 @@ class Ledger:
 
     def events(self) -> list[dict[str, Any]]:
         """All events so far, in order."""
-        return list(_read(self.path))
+        return list(read_lines(self.path))
 
     def close(self) -> None:
         """Closes the file and gives the lock back; a second call does nothing."""
@@ -243,7 +240,7 @@ def read_events(folder: Path | str) -> Iterator[dict[str, Any]]:
     path = Path(folder) / LEDGER_NAME
     if not path.is_file():
         raise StudyError(f"no study in {folder}: there is no {LEDGER_NAME}")
-    return _read(path)
+    return read_lines(path)
 
 
 class LedgerTail:
@@ -261,7 +258,7 @@ class LedgerTail:
         with self.path.open("rb") as file:
             file.seek(self._offset)
             while (raw := file.readline()).endswith(b"\n"):
-                event = _decode(raw, self.path, self._num_events)
+                event = decode(raw, self.path, self._num_events)
                 self._num_events += 1
                 self._offset += len(raw)
                 yield event
@@ -365,70 +362,3 @@ def _summary(folder: Path) -> StudySummary:
         raise StudyError(f"the study in {folder} was killed before its first line was written")
     status = status or ("running" if is_running(folder) else "interrupted")
     return StudySummary(folder.name, folder, status, num_trials, winner, started, updated)
-
-
-def _encode(line: Mapping[str, Any]) -> bytes:
-    # ASCII only: lone surrogates and line separators in a user's names cannot break a line.
-    return json.dumps(line, allow_nan=False, separators=(",", ":")).encode("ascii") + b"\n"
-
-
-def _read(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open("rb") as file:
-        for number, raw in enumerate(file):
-            if not raw.endswith(b"\n"):
-                return
-            yield _decode(raw, path, number)
-
-
-def _decode(raw: bytes, path: Path, number: int) -> dict[str, Any]:
-    try:
-        event = json.loads(raw)
-    except ValueError as error:
-        raise _damaged(path, number, f"not a JSON line ({error})") from error
-    if not isinstance(event, dict) or not {"seq", "time", "event"} <= event.keys():
-        raise _damaged(path, number, "not an event")
-    if event["seq"] != number:
-        raise _damaged(path, number, f"event number {event['seq']} where {number} is expected")
-    if number == 0:
-        version = event.get("ledger_version")
-        if event["event"] != "study" or not isinstance(version, int):
-            raise _damaged(path, number, "the first line is not the `study` event")
-        if version > LEDGER_VERSION:
-            raise StudyError(
-                f"{path} was written by a newer llp {event.get('llp_version', '')} "
-                f"(ledger version {version}; this one reads up to {LEDGER_VERSION}): upgrade llp"
-            )
-    return event
-
-
-def _damaged(path: Path, number: int, reason: str) -> StudyError:
-    line = number + 1
-    return StudyError(
-        f"{path}:{line}: damaged line: {reason}; restore the file from a copy, or keep what is "
-        f"good (`head -n {number} ledger.jsonl`) and resume: the rest will be run again"
-    )
-
-
-def _drop_torn_line(descriptor: int, path: Path) -> None:
-    """Cuts off what follows the last newline."""
-    size = os.fstat(descriptor).st_size
-    end, block = size, 1 << 16
-    while end > 0:
-        start = max(0, end - block)
-        newline = os.pread(descriptor, end - start, start).rfind(b"\n")
-        if newline >= 0:
-            end = start + newline + 1
-            break
-        end = start
-    if end == size:
-        return
-    _logger.warning(
-        "%s: dropped an unfinished last line of %d bytes, cut short when the driver was killed",
-        path,
-        size - end,
-    )
-    try:
-        os.ftruncate(descriptor, end)
-        os.fsync(descriptor)
-    except OSError as error:
-        raise EnvironmentProblem(f"cannot repair {path}: {error.strerror}") from error

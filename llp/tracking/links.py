@@ -105,7 +105,10 @@ def compare_link(base_url: str, experiment_id: str, run_ids: Sequence[str]) -> s
     """The page that compares the given runs side by side (parallel coordinates, scatter)."""
     runs = quote(json.dumps(list(run_ids)), safe="")
     experiments = quote(json.dumps([experiment_id]), safe="")
-    return f"{base_url.rstrip('/')}/#/compare-runs?runs={runs}&experiments={experiments}"
+    return (
+        f"{base_url.rstrip('/')}/#/compare-runs?runs={runs}&experiments={experiments}"
+        "&workflowType=machine_learning"
+    )
 
 
 def study_link(folder: Path | str, base_url: str = "") -> str | None:

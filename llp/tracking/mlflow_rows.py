@@ -7,8 +7,8 @@ carry the ledger's own timestamps: shipping them twice makes no second row.
 The part of a metric's name before the first `/` is a section of MLflow's chart page:
 
 - `final/...`: one value per trial, what is compared: validation_accuracy, validation_loss, score,
-  score_low, score_high, probability_best, rung, samples_seen, seconds. Failed and diverged trials
-  have no accuracy there.
+  score_low, score_high, probability_best, samples_seen, seconds. Failed and diverged trials have
+  no accuracy there. The rung it comes from is a tag, to keep the first charts to what counts.
 - `tier1/...`: the learning curves. The step is the place on the budget ladder: the epochs of all
   lower rungs plus the epoch within the rung. A rung thus covers the same steps in every trial, and
   the curves of trials that went up can be compared with those that did not. `tier1/data_fraction`
@@ -99,6 +99,7 @@ class Rows:
         self._in_flight: dict[tuple[str, int], tuple[float, ...]] = {}
         self._seeds: dict[str, int] = {}
         self._attempts: dict[str, int] = {}
+        self._ended: dict[str, int] = {}
 
     @property
     def terminal(self) -> bool:
@@ -276,7 +277,7 @@ class Rows:
                 del self._in_flight[key]
         if event["kind"] == "probe" and end["trial_id"] in self.rows:
             self._attempts[end["trial_id"]] = event["attempt"]
-            self.rows[end["trial_id"]].end = time
+            self._ended[end["trial_id"]] = time
             self._refresh(end["trial_id"], time)
 
     def _on_decision(self, event: Mapping[str, Any], time: int) -> None:
@@ -297,7 +298,8 @@ class Rows:
             waiting = result.stopped_by.startswith("rung ") and not tier1_over
             failed = result.outcome in _FAILURES
             row.status = "FAILED" if failed else "RUNNING" if waiting else "FINISHED"
-            row.end = (row.end or time) if row.status != "RUNNING" else None
+            ended = self._ended.get(trial_id, time)
+            row.end = ended if row.status != "RUNNING" else None
             tags |= {
                 "llp.outcome": result.outcome,
                 "llp.stop_reason": result.outcome if failed else result.stopped_by,
@@ -312,7 +314,7 @@ class Rows:
             result = self._refresh(trial_id, time, tier1_over=True)
             last = result.last
             if last is not None and result.outcome not in _FAILURES:
-                for name in ("validation_accuracy", "validation_loss", "data_fraction", "rung"):
+                for name in ("validation_accuracy", "validation_loss"):
                     self._scalar(trial_id, f"final/{name}", getattr(last, name), time)
             self._scalar(trial_id, "final/samples_seen", result.samples_seen, time)
             self._scalar(trial_id, "final/seconds", result.seconds, time)

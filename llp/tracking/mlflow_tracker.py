@@ -17,6 +17,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ from mlflow.entities import (  # noqa: E402
 )
 from mlflow.exceptions import MlflowException  # noqa: E402
 from mlflow.tracking import MlflowClient  # noqa: E402
+from sqlalchemy.exc import SQLAlchemyError  # noqa: E402
 
 from llp.errors import TrackingError  # noqa: E402
 from llp.tracking.ledger import read_events, study_header  # noqa: E402
@@ -234,7 +236,7 @@ class MlflowTracker:
                     f"MLflow at {self.uri} does not answer: {reason}; {rest}"
                 ) from error
             raise TrackingError(f"MLflow at {self.uri} refuses: {reason}; {rest}") from error
-        except OSError as error:  # requests' errors are OSErrors too
+        except (OSError, SQLAlchemyError) as error:  # requests' errors are OSErrors too
             raise ServerNotAnswering(
                 f"MLflow at {self.uri} does not answer: {_first_line(error)}; {rest}"
             ) from error
@@ -324,28 +326,46 @@ class MlflowTracker:
 
 
 def _connect(uri: str) -> MlflowClient:
-    """A client; for SQLite one process at a time, because making the tables is not atomic there.
+    """A client; makes the SQLite file and its folder when there is none.
 
     Raises:
         OSError: The folder of the SQLite file cannot be made or written.
     """
     path = _sqlite_path(uri)
-    if path is None:
-        return MlflowClient(tracking_uri=uri, registry_uri=uri)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"{path.parent} cannot be written")
-    lock = FileLock.acquire(
-        path.with_name(f".{path.name}.lock"), busy=f"{path} is being made by", wait_seconds=60.0
-    )
-    try:
-        return MlflowClient(tracking_uri=uri, registry_uri=uri)
-    finally:
-        lock.release()
+    if path is not None and not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(f"{path.parent} cannot be written")
+        lock = FileLock.acquire(
+            path.with_name(f".{path.name}.lock"), busy=f"{path} is being made by", wait_seconds=60.0
+        )
+        try:
+            if not path.exists():
+                _make_database(path)
+        finally:
+            lock.release()
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _make_database(path: Path) -> None:
+    """Makes the tables in a file beside `path`, which then takes its place.
+
+    It takes MLflow seconds and some eighty migrations, each of its own transactions. A process
+    killed in between leaves a file that MLflow can neither use nor repair (measured on 3.17.2: six
+    of eight kills), and two processes at once get in each other's way.
+    """
+    unfinished, whole = (path.with_name(f".{path.name}.{name}") for name in ("making", "made"))
+    unfinished.unlink(missing_ok=True)
+    MlflowClient(tracking_uri=f"sqlite:///{unfinished}", registry_uri=f"sqlite:///{unfinished}")
+    # A copy, because MLflow keeps the other file open.
+    shutil.copyfile(unfinished, whole)
+    whole.replace(path)
+    unfinished.unlink()
 
 
 def _sqlite_path(uri: str) -> Path | None:
-    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+    prefix = "sqlite:///"
+    return Path(uri.removeprefix(prefix).split("?")[0]) if uri.startswith(prefix) else None
 
 
 def _artifact_location(uri: str, folder: Path, experiment: str) -> str | None:

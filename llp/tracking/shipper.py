@@ -81,11 +81,11 @@ def ship(
         folder: The study folder.
         uri: Tracking URI; default: the spec's.
         experiment: Experiment; default: the spec's.
-        follow: Go on until the study ends or `stop_when` says so.
+        follow: Go on until the study ends, no driver has it any more, or `stop_when` says so.
         stop_when: With `follow`: when True, what is there is shipped and that is all.
         rebuild: Send everything, even what was shipped before.
-        give_up_after: Seconds without an answer before giving up. While a study is followed and
-            `stop_when` is False there is no limit.
+        give_up_after: Seconds without an answer before giving up; no limit while a driver is at
+            work on a study that is followed.
         interval: Seconds between looks at the ledger.
 
     Raises:
@@ -112,7 +112,9 @@ def ship(
         silent_since: float | None = None
         pause = 1.0
         while True:
-            last_look = not follow or (stop_when is not None and stop_when())
+            # Looked at before reading: what was written until then is read after it.
+            last_look = not follow or not is_running(folder)
+            last_look = last_look or (stop_when is not None and stop_when())
             try:
                 if tracker is None:
                     tracker = MlflowTracker(uri, experiment, folder, rebuild=rebuild)
@@ -155,11 +157,14 @@ def start_shipper(folder: Path | str) -> subprocess.Popen[bytes]:
     """
     folder = Path(folder)
     command = [sys.executable, "-m", "llp.tracking.shipper", str(folder)]
-    with (folder / LOG_NAME).open("ab") as log:
+    log = folder / LOG_NAME
+    if not os.access(log if log.exists() else folder, os.W_OK):
+        log = Path(os.devnull)  # a search does not fail for want of a log of its copy
+    with log.open("ab") as output:
         return subprocess.Popen(
             [*command, "--follow", "--parent", str(os.getpid())],
             stdin=subprocess.DEVNULL,
-            stdout=log,
+            stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )

@@ -6,13 +6,13 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
 from llp.errors import SpecError
 from llp.records import HyperparameterValue
+from llp.spec.domains import RandomSearch
 from llp.spec.schema import Spec
 from llp.training import loop
 from llp.training.recipe import Recipe
@@ -21,7 +21,7 @@ from llp.workloads.images import ImageData
 
 
 def check_batch(spec: Spec, data: ImageData, device: str | torch.device = "cpu") -> dict[str, Any]:
-    """Trains one step and evaluates one batch with the file's recipe and with a sampled one.
+    """Trains a step and evaluates a batch, with the file's recipe and with one configuration.
 
     Args:
         spec: The experiment.
@@ -30,7 +30,8 @@ def check_batch(spec: Spec, data: ImageData, device: str | torch.device = "cpu")
 
     Returns:
         `parameters` (count), `output_shape`, `loss` (before the step), `seconds` (of the step) and
-        `device` for the file's recipe, and the same under `sampled` with its `hyperparameters`.
+        `device` for the file's recipe, and the same under `sampled` for the
+        first random configuration, with its `hyperparameters`.
 
     Raises:
         SpecError: The recipe does not fit together, the model cannot be built, fails on a batch or
@@ -40,7 +41,7 @@ def check_batch(spec: Spec, data: ImageData, device: str | torch.device = "cpu")
     state = torch.get_rng_state()
     try:
         report = _one_step(spec, data, device, {})
-        hyperparameters = _sample(spec, np.random.default_rng(spec.seed))
+        hyperparameters = RandomSearch(spec.search_space, spec.constraints, spec.seed).suggest(0)
         sampled = _one_step(spec, data, device, hyperparameters)
     finally:
         torch.set_rng_state(state)
@@ -131,16 +132,3 @@ def _output_shape(
 
 def _failed(what: str, recipe: Recipe, error: Exception) -> SpecError:
     return SpecError(f"model '{recipe.model}' fails on {what}: {type(error).__name__}: {error}")
-
-
-def _sample(spec: Spec, generator: np.random.Generator) -> dict[str, HyperparameterValue]:
-    """One value of each parameter that is active; constraints between parameters are not looked at.
-
-    Parameters are drawn in passes, so that a condition may name one that stands after it.
-    """
-    values: dict[str, HyperparameterValue] = {}
-    for _ in spec.search_space:
-        for name, domain in spec.search_space.items():
-            if name not in values and domain.active(values):
-                values[name] = domain.sample(generator)
-    return values

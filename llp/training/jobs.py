@@ -66,6 +66,7 @@ class Setup:
     """What one job trains; made by an objective's `prepare`.
 
     Attributes:
+        identity: What determines the result beside the job; guards snapshots.
         rung: Number, data fraction, examples and epochs in force.
         model: On the device.
         optimizer: At its peak learning rates.
@@ -83,6 +84,7 @@ class Setup:
         report_every: Epochs between evaluations; the last epoch is always evaluated.
     """
 
+    identity: str
     rung: Rung
     model: nn.Module
     optimizer: Optimizer
@@ -109,14 +111,10 @@ class JobRun:
         prepare: Callable[[], Setup],
         *,
         folder: Path,
-        identity: str,
         device: torch.device,
         checkpoint_seconds: float,
     ) -> None:
         self.job, self.folder, self.device = job, folder, device
-        self.identity = hashlib.sha256(
-            json.dumps([identity, to_plain(replace(job, attempt=0))], sort_keys=True).encode()
-        ).hexdigest()
         self._prepare = prepare
         self._checkpoint_seconds = checkpoint_seconds
         self._started = time.monotonic()
@@ -282,6 +280,10 @@ class JobRun:
             seconds=self._seconds(),
         )
 
+    def _identity(self, setup: Setup) -> str:
+        plain = [setup.identity, to_plain(replace(self.job, attempt=0))]
+        return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
     def _samples_seen(self) -> int:
         return self._num_examples + (self._progress.num_examples if self._progress else 0)
 
@@ -306,7 +308,7 @@ class JobRun:
         assert progress is not None
         state = {
             **self._final(setup),
-            "identity": self.identity,
+            "identity": self._identity(setup),
             "optimizer": checkpoint.to_cpu(setup.optimizer.state_dict()),
             "scaler": steps.scaler.state_dict() if steps.scaler else None,
             "random": rng.capture(self.device),
@@ -331,7 +333,7 @@ class JobRun:
         except CheckpointError as error:
             log.warning("job %s starts afresh: %s", self.job.job_id, error)
             return
-        if state.get("identity") != self.identity:
+        if state.get("identity") != self._identity(setup):
             log.warning("job %s starts afresh: %s is of another job", self.job.job_id, path)
             return
         setup.model.load_state_dict(state["model"])

@@ -65,10 +65,6 @@ class JobObjective(ABC):
         What it raises becomes the outcome of the job.
         """
 
-    @abstractmethod
-    def identity(self, job: Job) -> str:
-        """What determines the result of `job` beside the job itself; guards its snapshots."""
-
     def choose_device(self) -> torch.device:
         """The device to train on when none was given: CUDA when there is one."""
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -93,7 +89,6 @@ class JobObjective(ABC):
             job,
             lambda: self.prepare(job, device),
             folder=self.folder,
-            identity=self.identity(job),
             device=device,
             checkpoint_seconds=self.checkpoint_seconds,
         )
@@ -144,7 +139,7 @@ class TrainingObjective(JobObjective):
         """CUDA exactly when the experiment gives its trials a share of a GPU."""
         return torch.device("cuda" if self.spec.resources.gpus_per_trial > 0 else "cpu")
 
-    def identity(self, job: Job) -> str:
+    def _identity(self) -> str:
         """Data and every section of the experiment that training reads."""
         spec = self.spec.model_dump_json(
             include={
@@ -211,6 +206,7 @@ class TrainingObjective(JobObjective):
             self._cache = {k: v for k, v in self._cache.items() if k[0] != "validation"}
             self._cache[key] = evaluation(data.validation)
         return jobs.Setup(
+            identity=self._identity(),
             rung=rung,
             model=model,
             optimizer=recipe.build_optimizer(model),

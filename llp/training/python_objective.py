@@ -77,11 +77,6 @@ class CallableObjective(JobObjective):
         self.training = training if training is not None else TrainingSpec()
         self.seed, self.num_correct = seed, num_correct
 
-    def identity(self, job: Job) -> str:
-        """The recipe and the sizes of the splits; functions themselves cannot be compared."""
-        sizes = [_count(examples) for examples in self._splits()]
-        return f"{self.training.model_dump_json()} {self.seed} {sizes}"
-
     def prepare(self, job: Job, device: torch.device) -> jobs.Setup:
         """See `JobObjective.prepare`."""
         splits, config = self._splits(), dict(job.trial.hyperparameters)
@@ -103,7 +98,10 @@ class CallableObjective(JobObjective):
         batches = ExampleBatches(
             train, chosen, batch_size=batch_size, device=device, shuffle=True, seed=job.seed
         )
+        # Functions cannot be compared: the recipe and the sizes of the splits must do.
+        identity = f"{self.training.model_dump_json()} {self.seed} {[_count(s) for s in splits]}"
         return jobs.Setup(
+            identity=identity,
             rung=rung,
             model=model,
             optimizer=self.optimizer_fn(model, config),

@@ -26,6 +26,8 @@ from llp.workloads import models
 _NOT_SEARCHED = {
     "epochs": "the rungs fix the epochs (tier1.epochs, training.epochs)",
     "optimizer_options": "search its entries by name, for example `momentum`",
+    "precision": "it cannot be searched; set training.precision",
+    "compile": "it cannot be searched; set training.compile",
 }
 _GIVEN = {"channels", "image_size", "num_classes"}  # arguments that every model is called with
 NO_AUGMENTATION = "none"

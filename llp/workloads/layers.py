@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import nn
 
 
@@ -16,7 +18,8 @@ def he_initialised(model: nn.Module) -> nn.Module:
     """
     modules = list(model.modules())
     linears = [module for module in modules if isinstance(module, nn.Linear)]
-    mode = "fan_out" if any(isinstance(m, nn.BatchNorm2d) for m in modules) else "fan_in"
+    normed = any(isinstance(module, nn.BatchNorm2d) for module in modules)
+    mode: Literal["fan_in", "fan_out"] = "fan_out" if normed else "fan_in"
     for module in modules:
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")

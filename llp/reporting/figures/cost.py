@@ -13,7 +13,7 @@ from llp.records import SearchResult
 from llp.reporting import formats
 from llp.reporting.palette import HATCHES, LIGHT
 from llp.reporting.study import FAILURES
-from llp.reporting.svg import BARS, canvas, drawing, inline
+from llp.reporting.svg import BARS, canvas, drawing, inline, label_width
 
 PARTS = (
     ("tier1", "tier 1, probing", "blue"),
@@ -59,7 +59,10 @@ def cost_reading(data: pd.DataFrame) -> str:
 def cost_figure(data: pd.DataFrame) -> str:
     """Two bars: the study's three parts stacked, and the full search."""
     with drawing():
-        figure, axes = canvas((BARS, 1.15))
+        names = ("this study", "training all fully")
+        figure, axes = canvas(
+            (BARS, 1.05), left=label_width(names), right=0.02, bottom=0.04, top=0.04
+        )
         left = 0.0
         for (part, _, role), hatch in zip(PARTS, HATCHES, strict=False):
             samples = _samples(data, part)
@@ -78,7 +81,7 @@ def cost_figure(data: pd.DataFrame) -> str:
                 va="center",
                 color=LIGHT["ink"],
             )
-        axes.set_yticks([1, 0], ["this study", "training all fully"])
+        axes.set_yticks([1, 0], names)
         axes.set_xlim(0, max(left, full, 1) * 1.24)
         axes.set_ylim(-0.5, 1.5)
         axes.set_xticks([])

@@ -11,7 +11,8 @@ from llp.reporting import formats
 from llp.reporting.figures.ranks import kendall
 from llp.reporting.palette import LIGHT, MARKERS
 from llp.reporting.study import final_on, find_trial, reached
-from llp.reporting.svg import PANEL, canvas, drawing, inline, log_axis, percent_axis
+from llp.reporting.svg import canvas, drawing, inline, log_axis, percent_axis
+from llp.reporting.tables import finite
 
 MAX_PANELS = 12
 
@@ -56,7 +57,7 @@ def flatness_summary(data: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for metric, here in data.groupby("metric", sort=False):
-        good = here[here["value"].map(math.isfinite)]
+        good = finite(here, "value")
         tau, low, high = kendall(good["value"].tolist(), good["validation_accuracy"].tolist())
         relative = [
             abs(error / value)
@@ -85,7 +86,7 @@ def flatness_reading(data: pd.DataFrame, profiles: tuple[FlatnessProfile, ...]) 
     seconds = sum(profile.seconds for profile in profiles)
     text = f"{formats.plural(num, 'configuration')} measured in {formats.duration(seconds)}."
     summary = flatness_summary(data)
-    known = summary[summary["low"].map(math.isfinite)]
+    known = finite(summary, "low")
     if known.empty:
         return f"{text} That is too few to say whether any metric goes along with accuracy."
     clear = known[(known["low"] > 0) | (known["high"] < 0)]
@@ -103,12 +104,12 @@ def flatness_reading(data: pd.DataFrame, profiles: tuple[FlatnessProfile, ...]) 
 def flatness_figures(data: pd.DataFrame, winner: str | None = None) -> tuple[str, ...]:
     """One panel a metric: validation accuracy against the value with its standard error."""
     panels = []
-    usable = data[data["value"].map(math.isfinite) & data["validation_accuracy"].map(math.isfinite)]
+    usable = finite(data, "value", "validation_accuracy")
     with drawing():
         for number, (metric, here) in enumerate(usable.groupby("metric", sort=False)):
             if number >= MAX_PANELS:
                 break
-            figure, axes = canvas(PANEL)
+            figure, axes = canvas()
             low, high = here["value"].min(), here["value"].max()
             if low > 0 and high / low > 20:
                 log_axis(axes, "x", low / 1.3, high * 1.3)

@@ -20,9 +20,11 @@ from llp.reporting import formats
 from llp.reporting.figures.space import SpaceData
 from llp.reporting.palette import LIGHT
 from llp.reporting.study import Axis
-from llp.reporting.svg import BARS, canvas, drawing, inline
+from llp.reporting.svg import BARS, canvas, drawing, inline, label_width
+from llp.reporting.tables import finite
 
 MIN_TRIALS = 12
+USABLE = 0.1  # held-out R^2 under which importance means nothing
 _FOLDS = 5
 _REPEATS = 20
 _TREES = 60
@@ -48,7 +50,8 @@ class ImportanceData:
 def importance_data(space: SpaceData) -> ImportanceData:
     """Importance within the trials that ran on the common rung; the same for the same trials."""
     frame = space.frame
-    frame = frame[(frame["group"] == "failed") | frame["accuracy"].map(math.isfinite)]
+    failed = frame[frame["group"] == "failed"]
+    frame = pd.concat([finite(frame, "accuracy"), failed]).drop_duplicates("trial_id").sort_index()
     accuracy = frame["accuracy"].to_numpy(dtype=float)
     ranks = rankdata(np.where(np.isfinite(accuracy), accuracy, -np.inf)) / max(len(accuracy), 1)
     num = len(ranks)
@@ -65,7 +68,8 @@ def importance_data(space: SpaceData) -> ImportanceData:
         positions = np.array([axis.position(raw) for raw in frame[f"axis {i}"]], dtype=float)
         active = np.isfinite(positions)
         correlation = math.nan
-        if not axis.categories and len(set(positions[active])) > 2:
+        varied = len(set(positions[active])) > 2 and len(set(ranks[active])) > 1
+        if varied and not axis.categories:
             correlation = float(spearmanr(positions[active], ranks[active]).statistic)
         rows.append((axis.name, drops[i].mean(), drops[i].std(), correlation, int(active.sum())))
     columns = ["name", "importance", "spread", "correlation", "num_trials"]
@@ -82,7 +86,7 @@ def importance_reading(data: ImportanceData) -> str:
             f"at least {MIN_TRIALS} with different results."
         )
     base = f"(held-out R² {formats.signed(data.held_out)}, n = {data.num_trials})"
-    if data.held_out < 0.1:
+    if data.held_out < USABLE:
         return f"A forest cannot tell results from the hyperparameters {base}: read nothing here."
     first = data.frame.iloc[0]
     text = f"{formats.short(first['name'], 60)} mattered most"
@@ -99,7 +103,9 @@ def importance_figure(data: ImportanceData) -> str:
     """A dot and its spread for every hyperparameter."""
     rows = data.frame.head(16).iloc[::-1]
     with drawing():
-        figure, axes = canvas((BARS, 0.6 + 0.26 * max(len(rows), 1)))
+        names = [formats.short(name, 26) for name in rows["name"]]
+        height = 0.55 + 0.22 * max(len(rows), 1)
+        figure, axes = canvas((BARS, height), left=label_width(names), bottom=0.42, top=0.05)
         y = range(len(rows))
         axes.axvline(0, color=LIGHT["faint"], linewidth=0.8)
         axes.errorbar(
@@ -111,7 +117,7 @@ def importance_figure(data: ImportanceData) -> str:
             markersize=5,
             elinewidth=1.4,
         )
-        axes.set_yticks(y, [formats.short(name, 26) for name in rows["name"]])
+        axes.set_yticks(y, names)
         axes.set_ylim(-0.6, len(rows) - 0.4)
         axes.set_xlabel("loss of held-out R² when shuffled")
         axes.grid(axis="x")
@@ -149,14 +155,15 @@ def _permutation_drops(blocks: list[np.ndarray], target: np.ndarray) -> tuple[fl
         train = np.flatnonzero(fold_of != fold)
         forest = RandomForestRegressor(_TREES, min_samples_leaf=2, random_state=fold, n_jobs=1)
         forest.fit(features[train], target[train])
-        predicted[test] = forest.predict(features[test])
         # Donors come from all trials, so that small folds still see the whole range of values.
         donors = np.stack([generator.permutation(num)[: len(test)] for _ in range(_REPEATS)])
+        changed = np.tile(features[test], (len(blocks), _REPEATS, 1, 1))
         for i, (block, end) in enumerate(zip(blocks, ends, strict=True)):
-            changed = np.repeat(features[test][None], _REPEATS, axis=0)
-            changed[:, :, end - block.shape[1] : end] = block[donors]
-            flat = changed.reshape(-1, features.shape[1])
-            shuffled[i][:, test] = forest.predict(flat).reshape(_REPEATS, len(test))
+            changed[i, :, :, end - block.shape[1] : end] = block[donors]
+        flat = np.concatenate([features[test], changed.reshape(-1, features.shape[1])])
+        values = forest.predict(flat)  # at once: a call costs more than its rows
+        predicted[test] = values[: len(test)]
+        shuffled[:, :, test] = values[len(test) :].reshape(len(blocks), _REPEATS, len(test))
     total = ((target - target.mean()) ** 2).sum()
     held_out = 1 - ((predicted - target) ** 2).sum() / total
     after = 1 - ((shuffled - target) ** 2).sum(axis=2) / total

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from statistics import median
 
 import pandas as pd
@@ -13,7 +12,8 @@ from llp.records import CurvePoint, SearchResult
 from llp.reporting import formats
 from llp.reporting.palette import LIGHT
 from llp.reporting.study import FAILURES, STATES, points_on, states
-from llp.reporting.svg import BARS, PANEL, canvas, drawing, inline, percent_axis
+from llp.reporting.svg import BARS, canvas, drawing, inline, label_width, percent_axis
+from llp.reporting.tables import finite
 
 MAX_POINTS = 60  # of one curve as drawn; the ledger has all
 STATE_STYLES: dict[str, tuple[str, str]] = {  # state -> colour role, hatch
@@ -77,7 +77,17 @@ def ladder_reading(data: pd.DataFrame) -> str:
 def ladder_figure(data: pd.DataFrame) -> str:
     """Stacked horizontal bars: what became of the trials of each rung."""
     with drawing():
-        figure, axes = canvas((BARS, 0.35 + 0.3 * max(len(data), 1)))
+        labels = [
+            f"rung {row['rung']}: {100 * row['data_fraction']:.3g} %"
+            for row in data.to_dict("records")
+        ]
+        figure, axes = canvas(
+            (BARS, 0.1 + 0.3 * max(len(data), 1)),
+            left=label_width(labels),
+            right=0.02,
+            bottom=0.04,
+            top=0.04,
+        )
         for place, row in enumerate(data.to_dict("records")):
             left = 0
             for state in STATES:
@@ -102,10 +112,6 @@ def ladder_figure(data: pd.DataFrame) -> str:
                 textcoords="offset points",
                 va="center",
             )
-        labels = [
-            f"rung {row['rung']}: {100 * row['data_fraction']:.3g} %"
-            for row in data.to_dict("records")
-        ]
         axes.set_yticks(range(len(labels)), labels)
         axes.invert_yaxis()
         axes.set_xlim(0, max(int(data["started"].max() or 0), 1) * 1.08)
@@ -198,13 +204,13 @@ def curves_figures(data: pd.DataFrame) -> tuple[str, ...]:
 
     Diverged and failed trials do not set the scale; below it they lie on the lower edge.
     """
-    finite = data[data["validation_accuracy"].map(math.isfinite)]
+    known = finite(data, "validation_accuracy")
     panels = []
     with drawing():
-        sound = finite[~finite["state"].isin(FAILURES)]
-        low, high = _limits((finite if sound.empty else sound)["validation_accuracy"].tolist())
-        for rung, here in finite.groupby("rung"):
-            figure, axes = canvas(PANEL)
+        sound = known[~known["state"].isin(FAILURES)]
+        low, high = _limits((known if sound.empty else sound)["validation_accuracy"].tolist())
+        for rung, here in known.groupby("rung"):
+            figure, axes = canvas(bottom=0.42)
             for _, curve in sorted(
                 here.groupby("trial_id"), key=lambda item: _layer(item[1].iloc[0])
             ):

@@ -18,7 +18,8 @@ from llp.records import SearchResult
 from llp.reporting import formats
 from llp.reporting.palette import LIGHT
 from llp.reporting.study import final_on, states, verified
-from llp.reporting.svg import PANEL, canvas, drawing, inline, percent_axis
+from llp.reporting.svg import canvas, drawing, inline, percent_axis
+from llp.reporting.tables import finite
 
 VERIFIED = "verified"
 WEAK = 0.5
@@ -92,7 +93,7 @@ def rank_agreement_data(result: SearchResult) -> pd.DataFrame:
 
 def rank_agreement_reading(data: pd.DataFrame) -> str:
     """The best supported pair of rungs, and whether cheap ranks can be trusted."""
-    known = data[data["tau"].map(math.isfinite)]
+    known = finite(data, "tau")
     if known.empty:
         return "Fewer than three trials finished two rungs: their order cannot be compared."
     row = known.sort_values("num_trials", ascending=False, kind="stable").iloc[0]
@@ -119,7 +120,7 @@ def rank_agreement_figures(stages: Mapping[str, Mapping[str, float]]) -> tuple[s
             x, y = _columns(stages, lower, higher)
             if len(x) < 3:
                 continue
-            figure, axes = canvas(PANEL)
+            figure, axes = canvas(left=0.66, bottom=0.42)
             axes.plot(
                 x, y, "o", color=LIGHT["blue"], markeredgecolor=LIGHT["page"], markersize=5, mew=0.5
             )

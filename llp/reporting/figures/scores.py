@@ -6,12 +6,14 @@ import math
 
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from llp.records import AblationRow, SearchResult
 from llp.reporting import formats
 from llp.reporting.palette import HATCHES, LIGHT, SERIES
 from llp.reporting.study import Verified, verified
-from llp.reporting.svg import BARS, PANEL, canvas, drawing, inline, percent_axis
+from llp.reporting.svg import BARS, canvas, drawing, inline, label_width, percent_axis
+from llp.reporting.tables import finite
 
 MAX_SHOWN = 16
 MAX_TERMS = len(SERIES)
@@ -70,16 +72,15 @@ def scores_reading(data: pd.DataFrame) -> str:
 
 def scores_figure(data: pd.DataFrame, winner: str | None = None) -> str:
     """Dot and interval of the best `MAX_SHOWN` scores, best on top."""
-    rows = data[data["value"].map(math.isfinite)].head(MAX_SHOWN).iloc[::-1]
+    rows = finite(data, "value").head(MAX_SHOWN).iloc[::-1]
     with drawing():
-        figure, axes = canvas((BARS, 0.6 + 0.24 * max(len(rows), 1)))
+        figure, axes = _rows(rows["trial_id"].tolist(), 14)
         for y, row in enumerate(rows.to_dict("records")):
             won = row["trial_id"] == winner
             colour = LIGHT["vermillion" if won else "blue"]
             if math.isfinite(row["low"]) and math.isfinite(row["high"]):
                 axes.plot([row["low"], row["high"]], [y, y], color=colour, linewidth=1.6)
             axes.plot(row["value"], y, "D" if won else "o", color=colour, markersize=5.5)
-        _name_rows(axes, rows["trial_id"].tolist(), 14)
         axes.set_xlabel("score")
         axes.xaxis.set_major_formatter(lambda value, _: formats.number(value, 3))
         return inline(
@@ -98,7 +99,7 @@ def contributions_data(data: pd.DataFrame) -> pd.DataFrame:
     row sum to its `difference`. Terms are named as in `terms`.
     """
     names = terms(data)
-    known = data[data["value"].map(math.isfinite)]
+    known = finite(data, "value")
     frame = pd.DataFrame({"trial_id": known["trial_id"]})
     frame["difference"] = known["value"] - known["value"].mean()
     for name in names:
@@ -126,7 +127,7 @@ def contributions_figure(data: pd.DataFrame) -> str:
     rows = data.head(MAX_SHOWN).iloc[::-1]
     names = terms(data)[:MAX_TERMS]
     with drawing():
-        figure, axes = canvas((BARS, 0.6 + 0.24 * max(len(rows), 1)))
+        figure, axes = _rows(rows["trial_id"].tolist(), 14)
         for y, row in enumerate(rows.to_dict("records")):
             left = {True: 0.0, False: 0.0}
             for name, role, hatch in zip(names, SERIES, HATCHES, strict=False):
@@ -146,7 +147,6 @@ def contributions_figure(data: pd.DataFrame) -> str:
                 [row["difference"]] * 2, [y - 0.4, y + 0.4], color=LIGHT["ink"], linewidth=1.6
             )
         axes.axvline(0, color=LIGHT["faint"], linewidth=0.8)
-        _name_rows(axes, rows["trial_id"].tolist(), 14)
         axes.set_xlabel("difference from the average configuration")
         axes.xaxis.set_major_formatter(lambda value, _: formats.number(value, 3))
         return inline(
@@ -181,14 +181,13 @@ def ablation_figure(data: pd.DataFrame) -> str:
     """Kendall's tau of every way of ranking with its interval."""
     rows = data.iloc[::-1]
     with drawing():
-        figure, axes = canvas((BARS, 0.6 + 0.24 * max(len(rows), 1)))
+        figure, axes = _rows(rows["name"].tolist(), 26)
         for y, row in enumerate(rows.to_dict("records")):
             if math.isfinite(row["low"]) and math.isfinite(row["high"]):
                 axes.plot([row["low"], row["high"]], [y, y], color=LIGHT["blue"], linewidth=1.6)
             if math.isfinite(row["tau"]):
                 axes.plot(row["tau"], y, "o", color=LIGHT["blue"], markersize=5.5)
         axes.axvline(0, color=LIGHT["faint"], linewidth=0.8)
-        _name_rows(axes, rows["name"].tolist(), 26)
         axes.set_xlim(-1.05, 1.05)
         axes.set_xticks([-1, -0.5, 0, 0.5, 1])
         axes.set_xlabel("Kendall tau with the results compared")
@@ -250,7 +249,7 @@ def verification_figure(rows: tuple[Verified, ...]) -> str:
     """A dot a seed, and the mean with its standard error, for every verified configuration."""
     shown = rows[:MAX_SHOWN][::-1]
     with drawing():
-        figure, axes = canvas((BARS, max(0.65 + 0.32 * len(shown), PANEL[1] / 2)))
+        figure, axes = _rows([row.trial_id for row in shown], 14, 0.32)
         for y, row in enumerate(shown):
             best = row.trial_id == rows[0].trial_id
             colour = LIGHT["vermillion" if best else "blue"]
@@ -267,7 +266,6 @@ def verification_figure(rows: tuple[Verified, ...]) -> str:
                 ends = [row.mean - row.standard_error, row.mean + row.standard_error]
                 axes.plot(ends, [y - 0.24] * 2, color=colour, linewidth=2)
             axes.plot(row.mean, y - 0.24, "D" if best else "s", color=colour, markersize=5, mew=0)
-        _name_rows(axes, [row.trial_id for row in shown], 14)
         percent_axis(axes, "x")
         axes.set_xlabel("test accuracy")
         return inline(
@@ -278,9 +276,13 @@ def verification_figure(rows: tuple[Verified, ...]) -> str:
         )
 
 
-def _name_rows(axes: Axes, names: list[str], length: int) -> None:
-    """Labels row 0, 1, ... from the bottom, and draws the vertical grid."""
-    axes.set_yticks(range(len(names)), [formats.short(name, length) for name in names])
+def _rows(names: list[str], length: int, row_height: float = 0.22) -> tuple[Figure, Axes]:
+    """A figure with a labelled row for every name, from the bottom, and a vertical grid."""
+    labels = [formats.short(name, length) for name in names]
+    height = 0.5 + row_height * max(len(names), 1)
+    figure, axes = canvas((BARS, height), left=label_width(labels), bottom=0.42, top=0.05)
+    axes.set_yticks(range(len(names)), labels)
     axes.set_ylim(-0.65, len(names) - 0.4)
     axes.grid(axis="x")
     axes.tick_params(axis="y", length=0, labelcolor=LIGHT["ink"])
+    return figure, axes

@@ -23,7 +23,8 @@ from llp.reporting.study import (
     reached,
     states,
 )
-from llp.reporting.svg import PANEL, canvas, drawing, inline, log_axis, percent_axis
+from llp.reporting.svg import canvas, drawing, inline, label_width, log_axis, percent_axis
+from llp.reporting.tables import finite
 
 MAX_AXES = 12
 INACTIVE = -0.12  # height at which a hyperparameter that is not active is drawn
@@ -69,7 +70,7 @@ def space_data(result: SearchResult) -> SpaceData:
     usable = frame[frame["group"] == "other"].sort_values(
         "accuracy", ascending=False, kind="stable"
     )
-    usable = usable[usable["accuracy"].map(math.isfinite)]
+    usable = finite(usable, "accuracy")
     if len(usable) > 3:
         frame.loc[usable.index[: max(3, round(0.1 * len(usable)))], "group"] = "best"
     frame.loc[frame["trial_id"] == result.winner, "group"] = "winner"
@@ -111,8 +112,14 @@ def parallel_figure(data: SpaceData) -> str:
     if low == high:  # one value, or all the same: put it in the middle
         low, high = low - 0.005, high + 0.005
     with drawing():
-        width = max(4.2, 1.25 * (len(shown) + 1))
-        figure, plot = canvas((width, 3.0))
+        names = [formats.short(axis.name, 16) for axis in shown] + ["accuracy"]
+        figure, plot = canvas(
+            (max(4.2, 1.25 * len(names)), 2.8),
+            left=label_width(names[:1]) / 2,
+            right=0.1,
+            bottom=0.05,
+            top=0.26,
+        )
         frame = data.frame.assign(layer=data.frame["group"].map(_layer)).sort_values(
             ["layer", "accuracy"], kind="stable"
         )
@@ -125,12 +132,11 @@ def parallel_figure(data: SpaceData) -> str:
         for place, axis in enumerate(shown):
             _draw_axis(plot, place, axis)
         _draw_ticks(plot, len(shown), [(0.0, formats.percent(low)), (1.0, formats.percent(high))])
-        names = [formats.short(axis.name, 16) for axis in shown] + ["accuracy"]
         plot.set_xticks(range(len(names)), names)
         plot.xaxis.tick_top()
         plot.tick_params(length=0, labelcolor=LIGHT["ink"])
         plot.set_yticks([])
-        plot.set_xlim(-0.1, len(shown) + 0.55)
+        plot.set_xlim(-0.03, len(shown) + 0.6)
         plot.set_ylim(INACTIVE - 0.05, 1.05)
         plot.spines[["left", "bottom"]].set_visible(False)
         return inline(
@@ -143,7 +149,7 @@ def parallel_figure(data: SpaceData) -> str:
 
 def slices_reading(data: SpaceData) -> str:
     """What a slice shows and how many trials it holds."""
-    num = int(data.frame["accuracy"].map(math.isfinite).sum())
+    num = len(finite(data.frame, "accuracy"))
     if not num:
         return "No trial has a usable accuracy on the common rung."
     return (
@@ -154,14 +160,14 @@ def slices_reading(data: SpaceData) -> str:
 
 def slice_figures(data: SpaceData) -> tuple[str, ...]:
     """One panel a hyperparameter: accuracy on the common rung against its value."""
-    known = data.frame[data.frame["accuracy"].map(math.isfinite)]
+    known = finite(data.frame, "accuracy")
     panels = []
     with drawing():
         for number, axis in enumerate(data.axes[:MAX_AXES]):
             values = [axis.value(raw) for raw in known[f"axis {number}"]]
             if sum(map(math.isfinite, values)) < 2:
                 continue
-            figure, plot = canvas(PANEL)
+            figure, plot = canvas()
             if axis.categories:
                 values = [v + 0.3 * ((i * 0.618) % 1 - 0.5) for i, v in enumerate(values)]
                 labels = [formats.short(c, 12) for c in axis.categories]

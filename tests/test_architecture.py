@@ -1,0 +1,135 @@
+"""The import table of the rooms, held against the code itself."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "llp"
+
+BASE = {"records", "protocols", "errors", "registry"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "records": set(),
+    "errors": set(),
+    "protocols": {"records"},
+    "registry": {"errors"},
+    "spec": BASE,
+    "workloads": BASE | {"spec"},
+    "optim": BASE,
+    "landscape": set(),
+    "training": BASE | {"spec", "workloads", "optim"},
+    "probing": BASE,
+    "flatness": BASE | {"spec", "landscape", "optim", "workloads", "training"},
+    "scoring": BASE,
+    "cluster": BASE | {"spec", "probing"},
+    "tracking": BASE,
+    "reporting": BASE,
+    "driver": BASE | {"probing", "tracking"},
+    "pipeline": BASE
+    | {
+        "spec",
+        "workloads",
+        "training",
+        "probing",
+        "flatness",
+        "scoring",
+        "cluster",
+        "tracking",
+        "reporting",
+        "driver",
+    },
+    "api": BASE
+    | {"spec", "training", "probing", "flatness", "scoring", "cluster", "tracking", "driver"},
+    "progress": BASE | {"reporting"},
+    "doctor": BASE | {"spec", "tracking", "pipeline"},
+    "cli": BASE
+    | {"spec", "pipeline", "progress", "doctor", "cluster", "tracking", "reporting", "scoring"},
+}
+HEAVY = {"torch", "torchvision", "ray", "mlflow", "optuna", "sklearn", "pandas", "scipy"}
+FORBIDDEN_OUTSIDE: dict[str, set[str]] = {
+    "records": HEAVY | {"numpy"},
+    "protocols": HEAVY | {"numpy"},
+    "errors": HEAVY | {"numpy"},
+    "registry": HEAVY | {"numpy"},
+    "spec": HEAVY,
+    "probing": HEAVY - {"scipy"},
+    "scoring": {"torch", "ray", "mlflow", "optuna"},
+    "reporting": {"torch", "ray", "mlflow", "optuna"},
+    "landscape": HEAVY - {"torch", "scipy"},
+    "optim": HEAVY - {"torch"},
+}
+
+
+def room_of(path: Path) -> str:
+    inside = path.relative_to(PACKAGE)
+    return inside.parts[0] if len(inside.parts) > 1 else inside.stem
+
+
+def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    found: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            if node.module == "llp":
+                found |= {f"llp.{alias.name}" for alias in node.names}
+            else:
+                found.add(node.module or "")
+    return found
+
+
+FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_follow_the_table(path):
+    room = room_of(path)
+    assert room in MAY_IMPORT, f"{room} is not in the table: say what it may import"
+    used = {name.split(".")[1] for name in imports(path) if name.startswith("llp.")}
+    surprise = used - MAY_IMPORT[room] - {room}
+    assert not surprise, f"{path.relative_to(ROOT)} imports {sorted(surprise)}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_heavy_libraries_stay_where_they_belong(path):
+    roots = {name.split(".")[0] for name in imports(path)}
+    surprise = roots & FORBIDDEN_OUTSIDE.get(room_of(path), set())
+    assert not surprise, f"{path.relative_to(ROOT)} imports {sorted(surprise)}"
+
+
+def test_each_outside_engine_has_one_door():
+    doors = {
+        "ray": {"llp/cluster/ray_tune.py", "llp/cluster/searchers.py"},
+        "mlflow": {"llp/tracking/mlflow_tracker.py"},
+        "optuna": {"llp/cluster/searchers.py"},
+    }
+    for library, allowed in doors.items():
+        users = {
+            str(path.relative_to(ROOT))
+            for path in FILES
+            if library in {name.split(".")[0] for name in imports(path)}
+        }
+        assert users <= allowed, f"{library} is imported by {sorted(users - allowed)}"
+
+
+def test_the_command_line_imports_nothing_heavy_at_the_top():
+    for name in ("cli", "progress", "doctor"):
+        roots = {n.split(".")[0] for n in imports(PACKAGE / f"{name}.py", top_level_only=True)}
+        assert not roots & (HEAVY | {"numpy", "matplotlib", "pydantic"}), name
+
+
+def test_every_file_says_what_it_is_for():
+    for path in FILES:
+        docstring = ast.get_docstring(ast.parse(path.read_text()))
+        assert docstring, f"{path.relative_to(ROOT)} has no docstring"
+
+
+def test_no_file_is_too_long_to_read():
+    for path in FILES:
+        assert path.read_text().count("\n") <= 700, path.relative_to(ROOT)

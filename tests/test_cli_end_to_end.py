@@ -1,0 +1,92 @@
+"""The commands one after the other on a real study, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+from llp.tracking.ledger import load_study, read_events
+
+pytestmark = pytest.mark.slow
+
+SMALL = {
+    "name": "small",
+    "dataset": {"name": "digits"},
+    "model": {"name": "mlp", "options": {"width": 16, "depth": 1}},
+    "training": {"epochs": 3, "batch_size": 64},
+    "search_space": {"learning_rate": {"type": "loguniform", "low": 0.01, "high": 0.5}},
+    "tier1": {"num_trials": 4, "data_fractions": [0.3, 1.0], "reduction_factor": 2},
+    "tier2": {"top_k": 1, "metrics": ["sam_sharpness"], "refinements": [], "num_examples": 64},
+    "verification": {"top_k": 1, "num_seeds": 1},
+    "resources": {"num_cpus": 1, "max_concurrent": 1},
+    "tracking": {"mlflow": False},
+}
+
+
+def start(folder, *arguments):
+    return subprocess.Popen(
+        [sys.executable, "-m", "llp.cli", *arguments],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+
+
+def llp(folder, *arguments, code=0):
+    process = start(folder, *arguments)
+    out, err = process.communicate(timeout=500)
+    assert process.returncode == code, err
+    return out, err
+
+
+def write(folder, **changes):
+    (folder / "small.yaml").write_text(json.dumps({**SMALL, **changes}), encoding="utf-8")
+
+
+def test_from_a_file_to_a_winner_and_everything_one_can_ask_of_it(tmp_path):
+    write(tmp_path)
+    assert "the file is good" in llp(tmp_path, "check", "small.yaml")[0]
+    out, _ = llp(tmp_path, "search", "small.yaml", "--json")
+    rows = [json.loads(line) for line in out.splitlines()]
+    winner = rows[-1]["result"]["winner"]
+    assert [row["seq"] for row in rows[:-1]] == list(range(len(rows) - 1))
+    assert f"winner {winner}" in llp(tmp_path, "resume")[0]
+    assert "finished" in llp(tmp_path, "status")[0]
+    assert llp(tmp_path, "show", "winner")[0].startswith(winner)
+    assert llp(tmp_path, "export", "--format", "csv")[0].count(".csv") >= 2
+    page = llp(tmp_path, "report")[0].strip()
+    assert (tmp_path / page).stat().st_size > 1000
+    _, err = llp(tmp_path, "search", "small.yaml", code=4)
+    assert "exists already" in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_study_and_the_printed_line_goes_on_with_it(tmp_path, number):
+    write(tmp_path, tier1={**SMALL["tier1"], "num_trials": 30})
+    process = start(tmp_path, "search", "small.yaml", "--study", "mine")
+    ledger = tmp_path / "llp_studies" / "mine" / "ledger.jsonl"
+    deadline = time.monotonic() + 300
+    while not (ledger.exists() and ledger.read_text().count('"event":"job_end"') >= 3):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    line = err.strip().splitlines()[-1].split()
+    assert line == ["llp", "resume", "mine"]
+    before = [e["end"]["job_id"] for e in read_events(ledger.parent) if e["event"] == "job_end"]
+    llp(tmp_path, *line[1:])
+    after = [e["end"]["job_id"] for e in read_events(ledger.parent) if e["event"] == "job_end"]
+    assert after[: len(before)] == before
+    assert len(set(after)) == len(after)
+    assert load_study(ledger.parent).winner
