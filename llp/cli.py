@@ -37,21 +37,13 @@ if TYPE_CHECKING:
     from llp.spec.schema import Spec
 
 EPILOG = """Exit codes:
-
-0 done
-
-1 a bug in llp
-
-2 bad input: file, option or data
-
-3 the search ended and no trial succeeded
-
-4 the machine or the study folder does not allow it
-
-5 the search is done but MLflow has not received all of it: llp sync
-
-130 interrupted, everything finished is saved: llp resume
-"""
+  0  done;
+  1  a bug in llp;
+  2  bad input: file, option or data;
+  3  the search ended and no trial succeeded;
+  4  the machine or the study folder does not allow it;
+  5  the search is done but MLflow has not received all of it: llp sync;
+130  interrupted, everything finished is saved: llp resume."""
 
 BUG = "This is a bug in llp. Please report it with the lines above and the output of `llp doctor`."
 
@@ -634,7 +626,8 @@ def _show_plan(plan: Any, spec: Spec, *, json: bool, report: Any = None) -> None
         work = formats.duration(total / batch * report.batch_seconds)
         lines += [
             f"one batch     {report.batch_seconds:.3g} s for {batch} images and "
-            f"{formats.count(report.model_parameters)} parameters: about {work} of one worker",
+            f"{formats.count(report.model_parameters)} parameters; at the pace of this first one "
+            f"all would be {work} of one worker",
             "the file is good",
         ]
     _lines(

@@ -229,8 +229,7 @@ def data(spec: Any) -> Check:
     try:
         plan = pipeline.plan(spec)
     except LlpError as error:
-        todo = "set dataset.root to the folder with the files, or dataset.download: true"
-        return Check(name, "fail", str(error), todo)
+        return Check(name, "fail", str(error), "then try `llp check` on the same file")
     counts = f"{plan.num_train} training, {plan.num_validation} validation, {plan.num_test} test"
     return Check(name, "ok", f"{counts} images, {plan.num_classes} classes")
 

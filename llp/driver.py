@@ -229,10 +229,10 @@ class ProbeSource:
         if known is None or not same_point(known, report):
             record_point(self.study, job, report)
         curve = state.curve(job.trial.trial_id, job.rung.rung, up_to=report.epoch)
-        finished = state.finished_curves(job.rung.rung) if self.stop_rules else []
+        ended = state.ended_curves(job.rung.rung) if self.stop_rules else []
         num_points = math.ceil(job.rung.epochs / self.report_every)
         for rule in self.stop_rules:
-            verdict = rule.decide(curve, num_points=num_points, finished=finished)
+            verdict = rule.decide(curve, num_points=num_points, ended=ended)
             if verdict.stop:
                 decision = Decision(
                     "stop",

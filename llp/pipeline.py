@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -286,8 +286,10 @@ def _drive(
             )
         finish(spec, study, folder)
     except NoTrialSucceeded as error:
+        _write_report(
+            spec, folder, replace(study.result(), status="failed", winner_reason=str(error))
+        )
         study.record("failed", reason=str(error))
-        _write_report(spec, study, folder)
         raise
     finally:
         ledger.close()
@@ -382,17 +384,19 @@ def verifications(spec: Spec, study: Study) -> ListedSource:
 
 
 def finish(spec: Spec, study: Study, folder: Path) -> None:
-    """Names the winner and writes the page."""
-    result = study.result()
+    """Names the winner and writes the page; the last line of the ledger comes after the page."""
     _record_scores(spec, study)
+    result = study.result()
     winner, reason = choose_winner(result.verifications)
+    _write_report(
+        spec, folder, replace(result, status="finished", winner=winner, winner_reason=reason)
+    )
     study.record(
         "finished",
         winner=winner,
         winner_reason=reason,
         report="report.html" if spec.output.report else None,
     )
-    _write_report(spec, study, folder)
 
 
 def _record_scores(spec: Spec, study: Study) -> None:
@@ -412,9 +416,9 @@ def _record_scores(spec: Spec, study: Study) -> None:
     )
 
 
-def _write_report(spec: Spec, study: Study, folder: Path) -> None:
+def _write_report(spec: Spec, folder: Path, result: SearchResult) -> None:
     if spec.output.report:
-        write_report(study.result(), folder / "report.html")
+        write_report(result, folder / "report.html")
 
 
 def _why_nothing_worked(result: SearchResult) -> str:

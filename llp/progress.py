@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, TextIO
+from typing import IO, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -125,7 +125,7 @@ class ProgressState:
         phases: Phase -> `start` or `end`.
         tests: Trial id -> verified test accuracies, one per seed.
         scores: Scored trials, best first, as (trial id, value).
-        status: `running`, `finished` or `failed`.
+        status: `running`, `finished` or `failed`; whoever knows better may set `interrupted`.
         winner: Trial id once finished.
         failure: Why the study failed.
         mlflow: What MLflow is doing, in words, when the display has to say so.
@@ -239,7 +239,7 @@ class ProgressState:
     def counts(self, kind: str, rung: int | None = None) -> tuple[int, int]:
         """How many jobs of `kind` (on `rung`) have ended, and how many are on a worker now."""
         jobs = [job for job in self.of(kind) if rung is None or job.rung == rung]
-        running = sum(job.running for job in jobs)
+        running = sum(job.running for job in jobs) if self.status == "running" else 0
         return sum(bool(job.outcome) and not job.running for job in jobs), running
 
     @property
@@ -580,7 +580,7 @@ class Reporter:
     """
 
     def __init__(
-        self, *, console: Console, machine: TextIO | None = None, quiet: bool = False
+        self, *, console: Console, machine: IO[str] | None = None, quiet: bool = False
     ) -> None:
         self.state = ProgressState()
         self.console = console
@@ -642,7 +642,7 @@ class Reporter:
         say(self.console.file, line)
 
 
-def say(stream: TextIO, line: str) -> None:
+def say(stream: IO[str], line: str) -> None:
     """Writes `line` at once; a reader that has gone away (`| head -1`, a killed `tee`) is no error.
 
     What follows on that stream goes nowhere: neither a search nor its exit code depends on who
@@ -655,6 +655,6 @@ def say(stream: TextIO, line: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def write_line(stream: TextIO, event: Mapping[str, Any]) -> None:
+def write_line(stream: IO[str], event: Mapping[str, Any]) -> None:
     """Writes one strict JSON object on one line; non-finite numbers become null."""
     say(stream, json.dumps(to_plain(event), allow_nan=False, ensure_ascii=False))

@@ -43,11 +43,12 @@ class StopRule(Protocol):
     name: str
 
     def decide(
-        self, curve: LearningCurve, *, num_points: int, finished: Sequence[LearningCurve]
+        self, curve: LearningCurve, *, num_points: int, ended: Sequence[LearningCurve]
     ) -> StopDecision:
         """The verdict on `curve`, which will have `num_points` points if it runs to its end.
 
-        `finished` are the completed curves of other trials on the same rung, in ledger order.
+        `ended` are the curves of the jobs that ended on the same rung, in ledger order; those of
+        stopped and diverged jobs are shorter than `num_points`.
         """
         ...
 

@@ -62,7 +62,7 @@ def check_replay(log: list[dict]) -> int:
                 curve = state.curve(trial_id, rung, up_to=last_epoch[f"{trial_id}-r{rung}"])
                 verdicts = [
                     rule.decide(
-                        curve, num_points=epochs[rung], finished=state.finished_curves(rung)
+                        curve, num_points=epochs[rung], ended=state.ended_curves(rung)
                     )
                     for rule in rules
                 ]

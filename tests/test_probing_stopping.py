@@ -55,7 +55,7 @@ def test_a_hopeless_job_is_stopped_and_a_good_one_is_not():
     verdict = rule.decide(
         curve("bad", [p.validation_accuracy for p in bad.points[:5]]),
         num_points=12,
-        finished=finished,
+        ended=finished,
     )
     assert verdict.stop
     assert verdict.reason == "power_law"
@@ -64,26 +64,36 @@ def test_a_hopeless_job_is_stopped_and_a_good_one_is_not():
     assert "below" in verdict.detail
     kept = rule.decide(
         curve("good", [p.validation_accuracy for p in good.points[:5]]),
-        epochs=12,
-        finished=finished,
+        num_points=12,
+        ended=finished,
     )
     assert not kept.stop
+
+
+def test_stopped_jobs_do_not_raise_the_bar_for_the_rest():
+    """Nine weak jobs were stopped, so third best of twelve is enough, not best of three."""
+    survivors = [noisy(f"f{i}", 0.95 - 0.02 * i, 12, i, noise=0.001) for i in range(3)]
+    stopped = [curve(f"s{i}", [0.1] * 4) for i in range(9)]
+    weaker = noisy("x", 0.80, 12, 50, noise=0.001)
+    cut = LearningCurve("x", 1, weaker.points[:8])
+    assert PowerLaw().decide(cut, num_points=12, ended=survivors).stop
+    assert not PowerLaw().decide(cut, num_points=12, ended=[*survivors, *stopped]).stop
 
 
 def test_nothing_is_stopped_on_too_little_evidence():
     finished = [noisy(f"f{i}", 0.9, 12, i) for i in range(8)]
     bad = [p.validation_accuracy for p in noisy("bad", 0.3, 12, 5).points]
     rule = PowerLaw()
-    assert not rule.decide(curve("bad", bad[:3]), num_points=12, finished=finished).stop
-    assert not rule.decide(curve("bad", bad[:6]), num_points=12, finished=finished[:2]).stop
-    assert not rule.decide(curve("bad", bad), num_points=12, finished=finished).stop
+    assert not rule.decide(curve("bad", bad[:3]), num_points=12, ended=finished).stop
+    assert not rule.decide(curve("bad", bad[:6]), num_points=12, ended=finished[:2]).stop
+    assert not rule.decide(curve("bad", bad), num_points=12, ended=finished).stop
 
 
 def test_a_jobs_own_completed_curve_is_no_evidence_against_it():
     own = noisy("a", 0.5, 12, 1)
     others = [noisy(f"f{i}", 0.9, 12, i) for i in range(2)]
     cut = LearningCurve("a", 1, own.points[:6])
-    assert not PowerLaw().decide(cut, num_points=12, finished=[own, *others]).stop
+    assert not PowerLaw().decide(cut, num_points=12, ended=[own, *others]).stop
 
 
 def test_intervals_cover_what_comes_out():
@@ -94,7 +104,7 @@ def test_intervals_cover_what_comes_out():
     for i in range(0, 400, 10):
         group = curves[i : i + 10]
         cut = LearningCurve(group[0].trial_id, 1, group[0].points[:6])
-        forecast = PowerLaw().decide(cut, num_points=12, finished=group[1:]).predicted_final
+        forecast = PowerLaw().decide(cut, num_points=12, ended=group[1:]).predicted_final
         assert forecast is not None
         assert forecast.level == pytest.approx(0.9)
         covered.append(forecast.low <= group[0].points[-1].validation_accuracy <= forecast.high)
@@ -106,7 +116,7 @@ def test_a_nan_curve_is_left_to_the_divergence_check():
     finished = [noisy(f"f{i}", 0.9, 12, i) for i in range(8)]
     assert (
         not PowerLaw()
-        .decide(curve("n", [0.3, math.nan, 0.3, 0.3, 0.3]), num_points=12, finished=finished)
+        .decide(curve("n", [0.3, math.nan, 0.3, 0.3, 0.3]), num_points=12, ended=finished)
         .stop
     )
 
@@ -115,7 +125,7 @@ def test_plateau_waits_for_its_patience():
     losses = [1.0, 0.5, 0.6, 0.6, 0.6, 0.6, 0.6, 0.6]
     rule = Plateau(patience_fraction=0.5)
     at = [
-        rule.decide(curve("p", [0.5] * n, losses[:n]), num_points=10, finished=[]).stop
+        rule.decide(curve("p", [0.5] * n, losses[:n]), num_points=10, ended=[]).stop
         for n in range(1, 9)
     ]
     assert at == [False] * 6 + [True, True]
@@ -129,7 +139,7 @@ def test_every_stop_rule_goes_through_the_same_life_cycle(name):
     assert rule.name == name
     for n in range(1, 11):
         cut = LearningCurve("x", 1, full.points[:n])
-        first = rule.decide(cut, num_points=10, finished=finished)
-        assert first == rule.decide(cut, num_points=10, finished=list(finished))
+        first = rule.decide(cut, num_points=10, ended=finished)
+        assert first == rule.decide(cut, num_points=10, ended=list(finished))
         assert bool(first.reason) == first.stop
-    assert not rule.decide(full, num_points=10, finished=finished).stop
+    assert not rule.decide(full, num_points=10, ended=finished).stop

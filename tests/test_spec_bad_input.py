@@ -12,9 +12,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
 
 from llp.errors import Problem, SpecError
-from llp.spec import check_ladder, load_spec, render
+from llp.spec import RandomSearch, check_ladder, load_spec, render
+from llp.spec.source import parse
 
 GOOD = """\
 version: 1
@@ -221,14 +224,27 @@ def test_bad_input_is_one_message_with_line_and_path(
 def test_all_problems_come_at_once_in_the_order_of_the_file(here: Path) -> None:
     text = GOOD.replace("digits", "digitz").replace("num_trials: 12", "num_trails: 12")
     text = text.replace("[0.1, 0.3, 1.0]", "[0.1, 1.5]").replace("power_law", "powr_law")
+    text = text.replace("high: 1.0", "high: 1e-4")
     Path("exp.yaml").write_text(text.replace("hessian_trace", "trace"))
     found = problems_of("exp.yaml")
     assert [(problem.line, problem.path) for problem in found] == [
         (3, "dataset.name"),
+        (11, "search_space.learning_rate.low"),
         (19, "tier1.num_trails"),
         (20, "tier1.data_fractions.1"),
         (21, "tier1.stop_rules.0.name"),
         (23, "tier2.metrics.0"),
+    ]
+
+
+def test_names_are_checked_although_the_whole_search_space_is_wrong(here: Path) -> None:
+    head, tail = GOOD.replace("digits", "digitz").split("search_space:\n")
+    rest = tail[tail.index("constraints:") :]
+    Path("exp.yaml").write_text(head.replace("name: study\n", "") + "search_space: {}\n" + rest)
+    assert [(problem.line, problem.path) for problem in problems_of("exp.yaml")] == [
+        (1, "name"),
+        (2, "dataset.name"),
+        (9, "search_space"),
     ]
 
 
@@ -403,3 +419,49 @@ def test_loading_shipped_names_needs_neither_torch_nor_ray() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=False)
     assert done.returncode == 0
+
+
+SCALARS = (
+    *("", "~", "true", "-1", "0", "1e999", ".nan", "x", "sgd", "[]", "{}", "[1, x]", "[[1]]"),
+    *("{type: uniform}", "{type: choice, values: [1, true, x]}", "{name: {}}", "'1e-3'"),
+    "99999999999999999999",
+)
+scalars = st.sampled_from(SCALARS)
+
+
+@given(st.data())
+@settings(max_examples=50, deadline=None)
+def test_any_value_anywhere_gives_a_spec_or_a_spec_error(data: st.DataObject) -> None:
+    lines = GOOD.splitlines()
+    for _ in range(data.draw(st.integers(1, 3))):
+        k = data.draw(st.integers(0, len(lines) - 1))
+        head, colon, rest = lines[k].partition(": ")
+        kind = data.draw(st.sampled_from(["value", "inner", "cut", "drop", "letter"]))
+        if kind == "value" and colon:
+            lines[k] = head + colon + data.draw(scalars)
+        elif kind == "inner" and ": " in rest:
+            key, _, _ = rest.rpartition(": ")
+            lines[k] = f"{head}: {key}: {data.draw(scalars)}" + "}"
+        elif kind == "cut":
+            lines[k] = lines[k][: data.draw(st.integers(0, len(lines[k])))]
+        elif kind == "drop":
+            lines[k] = ""
+        elif lines[k]:
+            at = data.draw(st.integers(0, len(lines[k]) - 1))
+            lines[k] = (
+                lines[k][:at]
+                + data.draw(st.sampled_from("aZ0-:,[]{}#&*!|>'\"%@` "))
+                + lines[k][at:]
+            )
+    parsed, _, found = parse("\n".join(lines), "exp.yaml")
+    if found or not isinstance(parsed, dict):
+        assert all(problem.line for problem in found)
+        return
+    messages = []
+    try:
+        spec = load_spec(parsed)
+        RandomSearch(spec.search_space, spec.constraints, 0).suggest(0)
+    except SpecError as error:
+        messages = [problem.message for problem in error.problems]
+        event("refused")
+    assert all(message and "Value error" not in message for message in messages)

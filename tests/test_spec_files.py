@@ -197,7 +197,6 @@ def test_an_override_takes_the_place_of_the_value(override, read, value) -> None
         ("model.name=convnett", "model.name", "unknown model 'convnett'; did you mean 'convnet'?"),
         ("search_space.learning_rate.low=5", "search_space.learning_rate.low", "low (5) must be below high (1)"),
         ("search_space.widht=[8]", "search_space.widht", "nothing reads 'widht'; did you mean 'width'?"),
-        ("tier1.num_trials=4", "tier1.num_trials", "tier2.top_k (6) is over tier1.num_trials (4)"),
         ("constraints=[momentum > 1]", "constraints.0", "contradictory"),
         ("search_space.width=[]", "search_space.width", "needs at least one value"),
     ],
@@ -209,6 +208,14 @@ def test_a_wrong_override_is_attributed_to_set(override: str, path: str, message
     assert (problem.file, problem.line, problem.path) == ("--set", 0, path)
     assert message in problem.message
     assert str(problem).startswith(f"--set {path}: " if path else "--set ")
+
+
+def test_an_override_that_contradicts_the_file_is_named_as_the_cause() -> None:
+    with pytest.raises(SpecError) as caught:
+        load_spec({**MINIMAL, "tier2": {"top_k": 6}}, ["tier1.num_trials=4"])
+    assert str(caught.value) == (
+        "--set tier1.num_trials: tier2.top_k (6) is over tier1.num_trials (4)"
+    )
 
 
 def test_an_override_can_repair_the_file(tmp_path: Path) -> None:

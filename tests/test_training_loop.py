@@ -111,7 +111,7 @@ def test_label_smoothing_is_its_closed_form() -> None:
     expected = (1 - epsilon) * -logp[range(6), y] + epsilon * -logp.mean(1)
     criterion = partial(functional.cross_entropy, label_smoothing=epsilon)
     progress = loop.train_epoch(steps(model, criterion=criterion), data.epoch(), first_step=0)
-    assert progress.mean_loss == pytest.approx(float(expected.mean()), abs=1e-6)
+    assert progress.mean_loss == pytest.approx(expected.mean().item(), abs=1e-6)
 
 
 @pytest.mark.parametrize("limit", [1e-3, 0.1, 1e6])

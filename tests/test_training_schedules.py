@@ -17,10 +17,8 @@ ROWS = sorted(registry.SCHEDULES)
 
 
 def rates(name: str, num_steps: int, warmup_fraction: float) -> list[float]:
-    return [
-        schedules.multiplier(name, t, num_steps=num_steps, warmup_fraction=warmup_fraction)
-        for t in range(num_steps + 1)
-    ]
+    at = schedules.planned(name, num_steps=num_steps, warmup_fraction=warmup_fraction)
+    return [at(t) for t in range(num_steps + 1)]
 
 
 def torch_rates(num_steps: int, warmup: int, main: Callable[[Any], Any]) -> list[float]:
@@ -82,6 +80,12 @@ def test_one_cycle_peaks_at_three_tenths_whatever_the_warm_up() -> None:
     assert found.index(1.0) == 30
     assert found == rates("one_cycle", 100, 0.0)
     assert found[:30] == pytest.approx([(t + 1) / 31 for t in range(30)])
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_one_multiplier_is_that_of_the_plan(name: str) -> None:
+    found = schedules.multiplier(name, 7, num_steps=10, warmup_fraction=0.2)
+    assert found == rates(name, 10, 0.2)[7]
 
 
 def test_unknown_schedule_gets_the_nearest_name() -> None:

@@ -143,12 +143,15 @@ class SearchState:
         points = self.points.get(end.job_id, {})
         return rank_key(points[max(points)]) if points else WORST
 
-    def finished_curves(self, rung: int) -> list[LearningCurve]:
-        """The completed curves on `rung`, in order of completion."""
+    def ended_curves(self, rung: int) -> list[LearningCurve]:
+        """Curves of the jobs that ended on `rung`, in order of their end; failures left out.
+
+        Those of stopped and diverged jobs are shorter than those of completed ones.
+        """
         return [
             self.curve(trial_id, at)
             for (trial_id, at), end in self.ends.items()
-            if at == rung and end.outcome == "completed"
+            if at == rung and end.outcome in ("completed", "stopped", "diverged")
         ]
 
 

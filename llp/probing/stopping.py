@@ -54,7 +54,9 @@ class PowerLaw:
     The forecast at the rung's last epoch is a power law through the validation error, moved by the
     mean error of the same forecast on completed curves, with a Student-t interval from their
     spread: `forecast + mean(e) +- t_{n-1} * sd(e) * sqrt(1 + 1/n)`. The job stops when the upper
-    end lies below the accuracy that the best `keep_fraction` of the completed curves reached.
+    end lies below the accuracy that the best `keep_fraction` of all ended jobs reached. Jobs that
+    were stopped before count among them: a place among the survivors alone would grow harder to
+    reach with every stop.
 
     Attributes:
         min_points: Points of the curve before the first decision; at least 4.
@@ -70,13 +72,12 @@ class PowerLaw:
     name: str = "power_law"
 
     def decide(
-        self, curve: LearningCurve, *, num_points: int, finished: Sequence[LearningCurve]
+        self, curve: LearningCurve, *, num_points: int, ended: Sequence[LearningCurve]
     ) -> StopDecision:
         """The verdict after the last point of `curve`."""
         seen = len(curve.points)
-        complete = [
-            c for c in finished if len(c.points) == num_points and c.trial_id != curve.trial_id
-        ]
+        others = [c for c in ended if c.trial_id != curve.trial_id]
+        complete = [c for c in others if len(c.points) == num_points]
         if seen < max(self.min_points, 4) or seen >= num_points:
             return CONTINUE
         if len(complete) < max(self.min_finished, 2, math.ceil(1 / self.keep_fraction)):
@@ -97,8 +98,8 @@ class PowerLaw:
         spread = float(np.std(misses, ddof=1)) * math.sqrt(1 + 1 / n)
         reach = float(stats.t.ppf(self.confidence, n - 1)) * spread
         low, high = max(0.0, 1 - middle - reach), min(1.0, 1 - middle + reach)
-        place = max(1, math.floor(n * self.keep_fraction))
-        needed = 1 - sorted(finals)[place - 1]
+        place = math.ceil((len(others) + 1) * self.keep_fraction)
+        needed = 1 - sorted(finals)[place - 1] if place <= n else 0.0
         forecast = Interval(low, high, 2 * self.confidence - 1)
         if high >= needed:
             return StopDecision(stop=False, predicted_final=forecast)
@@ -107,7 +108,7 @@ class PowerLaw:
             reason=self.name,
             predicted_final=forecast,
             detail=f"forecast accuracy [{low:.3f}, {high:.3f}] at the end is below "
-            f"{needed:.3f}, place {place} of {n} completed on rung {curve.rung}",
+            f"{needed:.3f}, place {place} of {len(others)} on rung {curve.rung}",
         )
 
 
@@ -126,7 +127,7 @@ class Plateau:
     name: str = "plateau"
 
     def decide(
-        self, curve: LearningCurve, *, num_points: int, finished: Sequence[LearningCurve]
+        self, curve: LearningCurve, *, num_points: int, ended: Sequence[LearningCurve]
     ) -> StopDecision:
         """The verdict after the last point of `curve`."""
         losses = np.array([point.validation_loss for point in curve.points])

@@ -169,7 +169,11 @@ def _what_is_left(data: dict[str, Any], wrong: Sequence[Problem]) -> Spec | None
     """The spec without its wrong parts, so that the names in the rest can be checked too."""
     rest = copy.deepcopy(data)
     for problem in wrong:
-        _drop(rest, as_parts(problem.path))
+        path = as_parts(problem.path)
+        _drop(rest, path[:2] if path[0] == "search_space" else path)
+    rest.setdefault("name", "unnamed")
+    if not rest.get("search_space"):
+        rest["search_space"] = {"learning_rate": 0.1}  # not looked at: the section is damaged
     try:
         return Spec.model_validate(rest)
     except ValidationError:

@@ -175,7 +175,7 @@ class TrainingObjective(JobObjective):
         model = recipe.build_model(
             channels=data.channels, image_size=data.image_size, num_classes=data.num_classes
         ).to(device)
-        channels_last = wants_channels_last(model, device, recipe.precision)
+        channels_last = wants_channels_last(model, device)
         if channels_last:
             model = model.to(memory_format=torch.channels_last)
         if job.start_from is not None:
@@ -255,13 +255,15 @@ def evaluation_batch_size(batch_size: int, micro_batch_divisor: int = 1) -> int:
     return max(min(max(4 * batch_size, 64), 512) // micro_batch_divisor, 1)
 
 
-def wants_channels_last(model: nn.Module, device: torch.device, precision: str) -> bool:
-    """Whether the network runs faster in channels_last: half-precision convolutions on a GPU."""
-    return (
-        device.type == "cuda"
-        and precision != "float32"
-        and any(isinstance(module, nn.Conv2d) for module in model.modules())
-    )
+def wants_channels_last(model: nn.Module, device: torch.device) -> bool:
+    """Whether to train in channels_last: networks with 2-D convolutions on a GPU.
+
+    An epoch of 45,000 CIFAR-sized images at batch 256 on an H200 (torch 2.11) took 1.1 s instead of
+    1.7 (ResNet-20) and 1.5 instead of 2.3 (ResNet-18) in float32; with bf16 both are bound by the
+    launching of kernels and the difference is in the noise.
+    """
+    convolutional = any(isinstance(module, nn.Conv2d) for module in model.modules())
+    return device.type == "cuda" and convolutional
 
 
 __all__ = [
