@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -178,7 +179,7 @@ def search(
         raise StudyError(
             f"the study {study_id} exists already and is {status}; "
             + (
-                f"see it with `llp report {study_id}`"
+                f"see it with `llp status {study_id}`"
                 if status == "finished"
                 else f"go on with `llp resume {study_id}`"
             )
@@ -200,6 +201,8 @@ def search(
         num_validation=planned.num_validation,
         num_test=planned.num_test,
         num_classes=planned.num_classes,
+        num_trials=planned.num_trials,
+        jobs_per_rung=planned.jobs_per_rung,
         dataset={"name": data.name, "digest": data.digest, "source": data.source},
     ) as ledger:
         write_atomic(folder / "spec.yaml", to_yaml(spec))
@@ -264,7 +267,7 @@ def _drive(
     study.record("opened", host=environment["host"], pid=os.getpid(), environment=environment)
     shipper = start_shipper(folder) if spec.tracking.mlflow else None
     try:
-        with _interruptible(), _ray(spec):
+        with _ray(spec), _interruptible():  # in this order: Ray sets a SIGTERM handler too
             run_jobs(
                 PhasedSource(
                     study,
@@ -397,6 +400,9 @@ def finish(spec: Spec, study: Study, folder: Path) -> None:
         winner_reason=reason,
         report="report.html" if spec.output.report else None,
     )
+    shutil.rmtree(folder / "ray", ignore_errors=True)  # Tune's own files; the ledger has it all
+    for snapshot in (folder / "checkpoints").glob("*.partial.pt"):
+        snapshot.unlink(missing_ok=True)  # of jobs that a rule stopped
 
 
 def _record_scores(spec: Spec, study: Study) -> None:
@@ -431,7 +437,7 @@ def _why_nothing_worked(result: SearchResult) -> str:
     return (
         f"no configuration produced a usable result ({counts})"
         + (f"; the last failure was: {last}" if last else "; widen or lower the learning rates")
-        + f". See `llp show {result.trials[-1].trial.trial_id} --study {result.study_id}`"
+        + f". See `llp show {result.study_id} {result.trials[-1].trial.trial_id}`"
         if result.trials
         else "no configuration was tried"
     )

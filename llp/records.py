@@ -175,8 +175,9 @@ class JobEnd:
         stopped_by: Reason word of the stop decision; empty unless `stopped`.
         failure: Traceback or message; empty unless the outcome is a failure.
         checkpoint: Final weights, durable before this record is written; None when there are none.
-        samples_seen: Training examples processed by this attempt, evaluation not counted.
-        seconds: Wall-clock seconds on the worker.
+        samples_seen: Training examples the job has behind it, a part resumed from a snapshot
+            included, evaluation not counted.
+        seconds: Wall-clock seconds on the worker, likewise.
         peak_memory_bytes: Peak resident (CPU) or allocated (CUDA) memory of the worker.
         device: `cpu`, or the GPU's name.
     """

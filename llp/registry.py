@@ -8,6 +8,7 @@ and a YAML file may name `my_package:build_model` directly.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 from collections.abc import Mapping
@@ -194,12 +195,26 @@ TABLES: dict[str, dict[str, Entry]] = {
 }
 
 
+GIVEN = {"root", "download", "channels", "image_size", "num_classes"} | {
+    "parameters",
+    "learning_rate",
+    "weight_decay",
+}
+"""Arguments that `llp` passes itself, so that they are no options."""
+
+
 def entries(table: str) -> dict[str, Entry]:
     """The rows of `table`, with those that installed packages add as `llp.<table>` entry points."""
-    rows = dict(TABLES[table])
-    for point in entry_points(group=f"llp.{table}"):
-        rows.setdefault(point.name, Entry(point.value, f"from {point.value}"))
-    return rows
+    return {**_from_packages(table), **TABLES[table]}
+
+
+@functools.cache
+def _from_packages(table: str) -> dict[str, Entry]:
+    """Rows of installed packages; kept, because looking takes milliseconds and jobs ask often."""
+    return {
+        point.name: Entry(point.value, f"from {point.value}")
+        for point in entry_points(group=f"llp.{table}")
+    }
 
 
 def find(table: str, name: str) -> Entry:
@@ -226,22 +241,25 @@ def load(table: str, name: str) -> Any:
     module_name, _, attribute = target.partition(":")
     try:
         return getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise SpecError(f"{table}: cannot load '{target}': {error}") from error
+    except Exception as error:
+        # A user's module may raise anything while it is imported.
+        reason = f"{type(error).__name__}: {error}"
+        raise SpecError(f"{table}: cannot load '{target}': {reason}") from error
 
 
 def options(table: str, name: str) -> dict[str, Any]:
     """Option -> default of `name`; for code outside our tables, read from its signature.
 
-    Keyword-only parameters and those after the documented positional ones count as options, except
-    `root` and `download`, which every dataset is given.
+    Every named parameter counts as an option, except those that `llp` gives itself: `root` and
+    `download` of datasets, `channels`, `image_size` and `num_classes` of models, `parameters`,
+    `learning_rate` and `weight_decay` of optimizers. The default is None where there is none.
     """
     entry = find(table, name)
     if entry.options or name in TABLES[table]:
         return dict(entry.options)
-    found = {}
-    for parameter in inspect.signature(load(table, name)).parameters.values():
-        if parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in {"root", "download"}:
-            empty = parameter.default is parameter.empty
-            found[parameter.name] = None if empty else parameter.default
-    return found
+    parameters = inspect.signature(load(table, name)).parameters.values()
+    return {
+        p.name: None if p.default is p.empty else p.default
+        for p in parameters
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in GIVEN
+    }
