@@ -267,7 +267,7 @@ def test_swa_gain_is_the_paired_difference_to_the_checkpoint(
 ) -> None:
     folder, job = study
     seen: dict[str, Tensor] = {}
-    original = refinements._averaged
+    original = refinements.averaged
 
     def watched(setup: Any, epochs: int, device: Any) -> Any:
         seen["start"] = landscape.flatten(list(setup.model.parameters()))
@@ -280,7 +280,7 @@ def test_swa_gain_is_the_paired_difference_to_the_checkpoint(
         seen["model"] = average.module
         return average
 
-    monkeypatch.setattr(refinements, "_averaged", watched)
+    monkeypatch.setattr(refinements, "averaged", watched)
     options = spec(metrics=["swa_gain"], refinements=["swa_gain"], refinement_epochs=2)
     profile, end = run(FlatnessObjective(options, images, folder), job)
     assert profile is not None
@@ -313,7 +313,7 @@ def test_average_of_a_run_at_rest_is_the_checkpoint(images: Any, study: tuple[Pa
     setup = objective._context(job, torch.device("cpu")).fresh()
     for group in setup.optimizer.param_groups:
         group["lr"] = 0.0
-    average = refinements._averaged(setup, 2, torch.device("cpu"))
+    average = refinements.averaged(setup, 2, torch.device("cpu"))
     before = landscape.flatten(list(network(images).parameters()))
     assert torch.allclose(landscape.flatten(list(average.parameters())), before, atol=1e-6)
 

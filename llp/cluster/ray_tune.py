@@ -6,9 +6,9 @@ counts what really runs, and Tune needs no state of its own: which job comes nex
 `JobSource`, which answers from the ledger. Tune brings placement, GPUs and fractions of them, actor
 reuse, failure detection and clusters.
 
-Workers run `JobTrainable`, a class trainable that is reused from job to job. Tune reuses actors only
-for trainables with `save_checkpoint` and `load_checkpoint`; otherwise it silently starts a
-new process for each (about 20 times slower on short jobs).
+Workers run `JobTrainable`, a class trainable that is reused from job to job. Tune reuses actors
+only for trainables with `save_checkpoint` and `load_checkpoint`; otherwise it silently starts a new
+process for each (about 20 times slower on short jobs).
 """
 
 from __future__ import annotations

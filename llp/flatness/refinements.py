@@ -49,7 +49,7 @@ def swa_gain(context: MetricContext) -> list[Measurement]:
     setup = context.fresh()
     device = next(setup.model.parameters()).device
     before = _per_example(setup.model, setup)
-    average = _averaged(setup, context.options.refinement_epochs, device)
+    average = averaged(setup, context.options.refinement_epochs, device)
     context.spent.training_examples += context.options.refinement_epochs * setup.train.num_examples
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in average.modules()):
         update_bn(context.batches, average, device)
@@ -72,7 +72,11 @@ def swa_gain(context: MetricContext) -> list[Measurement]:
     ]
 
 
-def _averaged(setup: Setup, epochs: int, device: torch.device) -> AveragedModel:
+def averaged(setup: Setup, epochs: int, device: torch.device) -> AveragedModel:
+    """Trains `setup` on at half its peak learning rate and returns the average of its weights.
+
+    Batch-norm statistics of the average are not re-estimated: that is `swa_utils.update_bn`.
+    """
     for group in setup.optimizer.param_groups:
         group["lr"] *= LEARNING_RATE_SHARE
     steps = loop.Steps(

@@ -82,6 +82,7 @@ class Setup:
         gradient_clip: See `loop.Steps`.
         compile: Train through `torch.compile` (evaluation is not compiled).
         report_every: Epochs between evaluations; the last epoch is always evaluated.
+        second_pass: See `loop.Steps`.
     """
 
     identity: str
@@ -100,6 +101,7 @@ class Setup:
     gradient_clip: float | None = None
     compile: bool = False
     report_every: int = 1
+    second_pass: loop.SecondPass | None = None
 
 
 class JobRun:
@@ -191,6 +193,7 @@ class JobRun:
             gradient_clip=setup.gradient_clip,
             micro_batch_divisor=self.job.micro_batch_divisor,
             num_correct=setup.num_correct,
+            second_pass=setup.second_pass,
         )
         self._resume(setup, steps)
         yield from list(self._points)

@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 Batch: TypeAlias = tuple[Any, Any]
 Criterion: TypeAlias = Callable[[Any, Any], Tensor]
+SecondPass: TypeAlias = Callable[[Callable[[], None]], None]
 """`criterion(output, target)`: mean loss over the batch, a scalar."""
 
 CHECK_EVERY = 128
@@ -118,6 +119,8 @@ class Steps:
         gradient_clip: Largest global gradient norm; None leaves gradients alone.
         micro_batch_divisor: Parts a batch is split into, gradients accumulated.
         num_correct: Hits of a batch, for the accuracy.
+        second_pass: Called with a function that computes the batch's gradients again, between the
+            gradients and the step; see `optim.sam`.
     """
 
     model: nn.Module
@@ -129,6 +132,7 @@ class Steps:
     gradient_clip: float | None = None
     micro_batch_divisor: int = 1
     num_correct: Callable[[Any, Any], Tensor] = num_correct
+    second_pass: SecondPass | None = None
     peaks: list[float] = field(init=False)
     scaler: torch.amp.GradScaler | None = field(init=False, default=None)
 
@@ -169,6 +173,8 @@ def train_epoch(
             group["lr"] = peak * scale
         optimizer.zero_grad(set_to_none=True)
         _accumulate_gradients(steps, images, target, progress)
+        if steps.second_pass is not None:
+            steps.second_pass(lambda batch=(images, target): _gradients_again(steps, *batch))  # type: ignore[misc]
         _apply_gradients(steps, parameters)
         progress.steps += 1
         progress.num_examples += len(target)
@@ -247,6 +253,11 @@ def _accumulate_gradients(steps: Steps, images: Any, target: Any, progress: Prog
             steps.scaler.scale(weighted).backward()  # type: ignore[no-untyped-call]
         progress.loss.add_(loss.detach(), alpha=len(part_target))
         progress.correct.add_(steps.num_correct(output.detach(), part_target))
+
+
+def _gradients_again(steps: Steps, images: Any, target: Any) -> None:
+    steps.optimizer.zero_grad(set_to_none=True)
+    _accumulate_gradients(steps, images, target, Progress.start(steps.device))
 
 
 def _apply_gradients(steps: Steps, parameters: list[Tensor]) -> None:

@@ -51,6 +51,9 @@ class CallableObjective(JobObjective):
         threads: See `JobObjective`.
         checkpoint_seconds: See `JobObjective`.
 
+    `adjust`, when it is set, is given every prepared `Setup` and returns the one to train, for
+    trainings that differ in more than their recipe.
+
     Without a test split a verification ends as failed, after its checkpoint is written.
     """
 
@@ -76,6 +79,7 @@ class CallableObjective(JobObjective):
         self.criterion, self.optimizer_fn = criterion, optimizer_fn
         self.training = training if training is not None else TrainingSpec()
         self.seed, self.num_correct = seed, num_correct
+        self.adjust: Callable[[jobs.Setup], jobs.Setup] | None = None
 
     def prepare(self, job: Job, device: torch.device) -> jobs.Setup:
         """See `JobObjective.prepare`."""
@@ -100,7 +104,7 @@ class CallableObjective(JobObjective):
         )
         # Functions cannot be compared: the recipe and the sizes of the splits must do.
         identity = f"{self.training.model_dump_json()} {self.seed} {[_count(s) for s in splits]}"
-        return jobs.Setup(
+        setup = jobs.Setup(
             identity=identity,
             rung=rung,
             model=model,
@@ -124,6 +128,7 @@ class CallableObjective(JobObjective):
             gradient_clip=self.training.gradient_clip,
             compile=self.training.compile,
         )
+        return setup if self.adjust is None else self.adjust(setup)
 
     def num_train_examples(self) -> int:
         """Size of the training split, which the rungs are fractions of."""
