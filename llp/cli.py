@@ -6,17 +6,16 @@ way. Nothing heavy is imported before a command runs, so that `llp --help` is in
 
 from __future__ import annotations
 
-import errno
+import os
 import shlex
 import sys
-import traceback
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from typer.core import TyperGroup
 
 from llp.errors import (
     EnvironmentProblem,
@@ -25,56 +24,17 @@ from llp.errors import (
     SpecError,
     StudyError,
     TrackingError,
-    unknown,
 )
+from llp.shell import EPILOG, ROOT, Commands, File, Json, Quiet, Root, Set, Study, emit, say
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
-    from llp.progress import Reporter
-    from llp.records import Interval, SearchResult
+    from llp.display import Reporter
+    from llp.records import SearchResult
     from llp.spec.schema import Spec
-
-EPILOG = """Exit codes:
-  0  done;
-  1  a bug in llp;
-  2  bad input: file, option or data;
-  3  the search ended and no trial succeeded;
-  4  the machine or the study folder does not allow it;
-  5  the search is done but MLflow has not received all of it: llp sync;
-130  interrupted, everything finished is saved: llp resume."""
-
-BUG = "This is a bug in llp. Please report it with the lines above and the output of `llp doctor`."
-
-
-class _Commands(TyperGroup):
-    """Turns every way to fail into one message and a documented exit code."""
-
-    def invoke(self, ctx: Any) -> Any:
-        debug = bool(ctx.params.get("debug"))
-        try:
-            return super().invoke(ctx)
-        except LlpError as error:
-            if debug:
-                traceback.print_exc()
-            _explain(error)
-            raise typer.Exit(error.exit_code) from error
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                error.add_note(BUG)
-                raise
-            _say(f"error: no space left on the disk ({error.filename or error}); what was finished")
-            _say("is saved: free some space, then `llp resume`")
-            raise typer.Exit(4) from error
-        except Exception as error:
-            error.add_note(BUG)
-            raise
-
 
 app = typer.Typer(
     name="llp",
-    cls=_Commands,
+    cls=Commands,
     help="Finds good hyperparameters at a fraction of the cost of full training, and shows why.",
     epilog=EPILOG,
     no_args_is_help=True,
@@ -82,19 +42,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-File = Annotated[str, typer.Argument(help="experiment file, or a name from search_spaces/")]
-Study = Annotated[
-    str | None, typer.Argument(help="study id or folder; default: the newest", show_default=False)
-]
-Root = Annotated[str, typer.Option("--root", help="folder that holds the study folders")]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="override one value; may be repeated"),
-]
-Json = Annotated[bool, typer.Option("--json", help="JSON lines on standard output")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, only the result")]
-ROOT = "llp_studies"
 
 
 def _version(value: bool) -> None:
@@ -130,11 +77,15 @@ def search(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
 ) -> None:
     """Search from an experiment file to a verified winner."""
-    from llp import pipeline
+    from llp import pipeline, views
 
     spec = _load(file, override)
     if dry_run:
-        _show_plan(pipeline.plan(spec), spec, json=json)
+        plan = pipeline.plan(spec)
+        if json:
+            emit({"event": "plan", "name": spec.name, "plan": plan})
+        else:
+            views.show_plan(plan, spec, views.console())
         return
     _run(
         lambda on_event: pipeline.search(
@@ -150,11 +101,14 @@ def search(
 @app.command()
 def check(file: File, override: Set = None, json: Json = False) -> None:
     """Validate an experiment, print its rungs and cost, and train one batch."""
-    from llp import pipeline
+    from llp import pipeline, views
 
     spec = _load(file, override)
     report = pipeline.check(spec)
-    _show_plan(report.plan, spec, json=json, report=report)
+    if json:
+        emit({"event": "plan", "name": spec.name, "check": report})
+    else:
+        views.show_plan(report.plan, spec, views.console(), report)
 
 
 @app.command()
@@ -199,18 +153,19 @@ def _run(
     mlflow: bool,
 ) -> None:
     """Runs a search under a display and prints what came of it."""
-    from llp.progress import Reporter, write_line
+    from llp import views
+    from llp.display import Reporter
     from llp.tracking import ledger, links
 
     reporter = Reporter(
-        console=_console(stderr=True), machine=sys.stdout if json else None, quiet=quiet
+        console=views.console(stderr=True), machine=sys.stdout if json else None, quiet=quiet
     )
     late: TrackingError | None = None
     try:
         with reporter:
             result = call(reporter)
     except KeyboardInterrupt:
-        _say("interrupted; everything that finished is saved" + _resume_hint(reporter, root))
+        say("interrupted; everything that finished is saved" + _resume_hint(reporter, root))
         raise typer.Exit(130) from None
     except TrackingError as error:
         if reporter.state.status != "finished":
@@ -218,12 +173,12 @@ def _run(
         result, late = ledger.load_study(ledger.find_study(root, reporter.state.study_id)), error
     except LlpError:
         if reporter.state.study_id and reporter.state.status == "running":
-            _say("everything that finished is saved" + _resume_hint(reporter, root))
+            say("everything that finished is saved" + _resume_hint(reporter, root))
         raise
     if json:
-        write_line(sys.stdout, {"event": "result", "result": result})
+        emit({"event": "result", "result": result})
     folder = ledger.find_study(root, result.study_id)
-    _show_summary(result, folder, _console(stderr=json))
+    views.show_summary(result, folder, views.console(stderr=json))
     if result.winner is None:
         raise NoTrialSucceeded(f"no trial of {result.study_id} produced a usable result")
     if late:
@@ -258,43 +213,51 @@ def _resume_hint(reporter: Reporter, root: str) -> str:
 @app.command()
 def status(study: Study = None, root: Root = ROOT, json: Json = False) -> None:
     """How far a study is, running or not."""
-    from llp import progress
-    from llp.tracking import ledger
+    from llp import display, views
+    from llp.progress import ProgressState
+    from llp.tracking import ledger, links
 
     folder = _study(study, root)
-    state = progress.ProgressState()
+    state = ProgressState()
     for event in ledger.read_events(folder):
         state.update(event)
     state.status = ledger.load_study(folder).status
     if json:
-        progress.write_line(sys.stdout, progress.facts(state))
+        emit(display.facts(state))
         return
-    _console().print(progress.block(state))
+    shipped = links.read_state(folder)
+    if state.mlflow:
+        missing = f"has not received all of it: llp sync {shlex.quote(str(folder))}"
+        state.mlflow = "" if shipped and shipped.complete else missing
+    views.show_status(state, folder, views.console())
     if state.status == "interrupted":
-        _say(f"go on with: llp resume {shlex.quote(str(folder))}")
+        say(f"go on with: llp resume {shlex.quote(str(folder))}")
 
 
 @app.command()
 def show(
-    study: Annotated[str, typer.Argument(metavar="[STUDY]", help="default: the newest study")],
-    trial: Annotated[
-        str | None,
-        typer.Argument(metavar="TRIAL", help="t007, or best, or winner", show_default=False),
-    ] = None,
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[STUDY] TRIAL",
+            help="a trial: t007, best or winner; before it a study, by default the newest",
+        ),
+    ],
     root: Root = ROOT,
     json: Json = False,
 ) -> None:
     """One trial: curves, measurements, contributions to its score, decisions and reasons."""
-    from llp.progress import write_line
+    from llp import views
     from llp.tracking import ledger
 
-    name, wanted = (study, trial) if trial is not None else (None, study)
-    result = ledger.load_study(_study(name, root))
-    trial_id = _trial_id(result, wanted)
+    if len(names) > 2:
+        raise typer.BadParameter("one study and one trial at most", param_hint="[STUDY] TRIAL")
+    result = ledger.load_study(_study(names[0] if len(names) == 2 else None, root))
+    about = views.about_trial(result, views.find_trial(result, names[-1]))
     if json:
-        write_line(sys.stdout, {"event": "show", **_about(result, trial_id)})
-        return
-    _show_trial(_about(result, trial_id), _console())
+        emit({"event": "show", **about})
+    else:
+        views.show_trial(about, views.console())
 
 
 @app.command("list")
@@ -319,36 +282,35 @@ def list_(
     json: Json = False,
 ) -> None:
     """The names a YAML file may use, with their options; or the studies so far."""
-    from llp import progress, registry
-    from llp.reporting import formats
-    from llp.tracking import ledger
+    from llp import registry, views
 
     if what == "studies":
-        studies = ledger.list_studies(root)
-        if json:
-            for row in studies:
-                plain = vars(row) | {"folder": str(row.folder)}
-                progress.write_line(sys.stdout, {"event": "studies", **plain})
-            return
-        if not studies:
-            _say(f"no studies in {root} yet; `llp search` makes one")
-        table = _table("study", "status", "trials", "winner", "last event")
-        for row in studies:
-            moment = formats.moment(row.updated or row.started)
-            _row(table, row.study_id, row.status, str(row.num_trials), row.winner or "-", moment)
-        _console().print(table)
-        for row in studies:
-            if row.problem:
-                _say(f"{row.study_id}: {row.problem}")
+        _list_studies(root, json=json)
         return
-    table = _table("name", "what it is", "options")
-    for name, entry in registry.entries(what).items():
-        if json:
-            row_ = {"event": what, "name": name, "summary": entry.summary, "options": entry.options}
-            progress.write_line(sys.stdout, row_)
-        _row(table, name, entry.summary, progress.settings(entry.options))
+    entries = registry.entries(what)
     if not json:
-        _console().print(table)
+        views.show_entries(what, entries, views.console())
+        return
+    for name, entry in entries.items():
+        emit({"event": what, "name": name, "summary": entry.summary, "options": entry.options})
+
+
+def _list_studies(root: str, *, json: bool) -> None:
+    from llp import views
+    from llp.tracking import ledger
+
+    studies = ledger.list_studies(root)
+    if json:
+        for row in studies:
+            emit({"event": "studies", **vars(row), "folder": str(row.folder)})
+        return
+    if not studies:
+        say(f"no studies in {root} yet; `llp search` makes one")
+        return
+    views.show_studies(studies, views.console())
+    for row in studies:
+        if row.problem:
+            say(f"{row.study_id}: {row.problem}")
 
 
 @app.command()
@@ -363,22 +325,23 @@ def doctor(
 ) -> None:
     """What works on this machine, what does not, and what to do about it."""
     from llp import doctor as checks
-    from llp.progress import printable, write_line
+    from llp import views
 
     spec = _load(file, override) if file else None
-    out, failed = _console(), 0
-    colour = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+    counts = Counter[str]()
+    out = views.console()
     for check in checks.examine(Path(spec.output.root if spec else root), spec):
-        failed += check.status == "fail"
+        counts[check.status] += 1
         if json:
-            write_line(sys.stdout, {"event": "check", "check": check})
-            continue
-        out.print(f"[{colour[check.status]}]{check.status:4}[/] {check.name:15} ", end="")
-        out.print(printable(check.found), markup=False, highlight=False)
-        if check.todo:
-            out.print(f"     do: {printable(check.todo)}", markup=False, highlight=False)
-    if failed:
-        raise EnvironmentProblem(f"{failed} of the checks failed; a search would not run here")
+            emit({"event": "check", "check": check})
+        else:
+            views.show_check(check, out)
+    if counts["fail"]:
+        raise EnvironmentProblem(
+            f"{counts['fail']} of the checks failed; a search would not run here"
+        )
+    warned = f"; {counts['warn']} to look at" if counts["warn"] else ""
+    say(f"a search can run here{warned}")
 
 
 # Using what was found
@@ -427,19 +390,19 @@ def ui(
     folder = _study(study, root)
     uri, _ = shipper.tracking_target(folder)
     if links.read_state(folder) is None:
-        _say(f"MLflow has nothing of this study yet: llp sync {shlex.quote(str(folder))}")
+        say(f"MLflow has nothing of this study yet: llp sync {shlex.quote(str(folder))}")
     if links.is_server(uri):
         typer.echo(links.study_link(folder) or uri)
         return
-    _say("starting MLflow's page; on a busy machine this takes up to a minute")
+    say("starting MLflow's page; on a busy machine this takes up to a minute")
     process = ui.start_ui(uri, port=port)
     try:
         base = ui.base_url("127.0.0.1", port)
         typer.echo(links.study_link(folder, base) or base)
-        _say("Ctrl-C ends it")
+        say("Ctrl-C ends it")
         process.wait()
     except KeyboardInterrupt:
-        _say("")
+        say("")
     finally:
         ui.stop_ui(process)
 
@@ -482,7 +445,7 @@ def init(
     except FileExistsError:
         raise SpecError(f"{path} exists already and is left as it is; give another name") from None
     typer.echo(path)
-    _say(f"next: llp check {path}")
+    say(f"next: llp check {path}")
 
 
 @app.command()
@@ -516,70 +479,18 @@ def _study(name: str | None, root: str) -> Path:
     return max(studies, key=lambda study: study.started).folder
 
 
-def _trial_id(result: SearchResult, wanted: str) -> str:
-    known = [trial.trial.trial_id for trial in result.trials]
-    if wanted == "winner":
-        if result.winner is None:
-            raise StudyError(f"{result.study_id} has no winner yet; try `best`")
-        return result.winner
-    if wanted == "best":
-        if result.winner is not None:
-            return result.winner
-        if result.score_report and result.score_report.scores:
-            return result.score_report.scores[0].trial_id
-        tops = {
-            trial.trial.trial_id: trial.last.validation_accuracy
-            for trial in result.trials
-            if trial.last is not None and trial.outcome == "completed"
-        }
-        if not tops:
-            raise StudyError(f"no trial of {result.study_id} has finished a rung yet")
-        return max(tops, key=lambda trial_id: tops[trial_id])
-    if wanted not in known:
-        raise StudyError(
-            f"{result.study_id}: {unknown('trial', wanted, [*known, 'best', 'winner'])}"
-        )
-    return wanted
-
-
-def _say(text: str) -> None:
-    from llp.progress import say
-
-    say(sys.stderr, text)
-
-
 def _command() -> str:
     return shlex.join(["llp", *sys.argv[1:]])
 
 
-def _explain(error: LlpError) -> None:
-    """The error in words; for a wrong file with the source line and a caret under the place."""
-    if isinstance(error, SpecError):
-        from llp.spec import render
-
-        _say(render(error))
-    else:
-        _say(f"error: {error}")
-
-
-def _about(result: SearchResult, trial_id: str) -> dict[str, Any]:
-    """All that the study knows of one trial."""
-    scores = result.score_report.scores if result.score_report else ()
-    return {
-        "study_id": result.study_id,
-        "trial_id": trial_id,
-        "winner": result.winner == trial_id,
-        "rungs": result.rungs,
-        "trial": next(t for t in result.trials if t.trial.trial_id == trial_id),
-        "decisions": [d for d in result.decisions if d.trial_id == trial_id],
-        "profile": next((p for p in result.profiles if p.trial_id == trial_id), None),
-        "score": next((s for s in scores if s.trial_id == trial_id), None),
-        "verifications": [v for v in result.verifications if v.trial_id == trial_id],
-    }
-
-
 def main() -> None:
-    """Entry point of the `llp` command."""
+    """Entry point of the `llp` command; like `python -m`, it finds modules in the current folder.
+
+    That is what makes `my_package:build_model` work from a project that is not installed. Ray does
+    the same for the workers.
+    """
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.insert(0, os.getcwd())
     app()
 
 

@@ -19,6 +19,7 @@ from typing import IO, Any
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
+from rich.segment import Segment, Segments
 from rich.table import Table
 from rich.text import Text
 
@@ -69,13 +70,27 @@ def settings(hyperparameters: Mapping[str, Any]) -> str:
     )
 
 
+def put(console: Console, renderable: RenderableType) -> None:
+    """Prints without the blanks that fill a table up to its width."""
+    for line in console.render_lines(renderable, pad=False):
+        while line and not line[-1].text.strip():
+            line.pop()
+        if line:
+            line[-1] = Segment(line[-1].text.rstrip(), line[-1].style)
+        console.print(Segments([*line, Segment.line()]))
+
+
 def _endings(state: ProgressState) -> str:
     parts = []
     for outcome, reasons in state.endings().items():
-        why = ", ".join(f"{count} {word}" for word, count in reasons.most_common() if word)
+        why = ", ".join(f"{count} {_why(word)}" for word, count in reasons.most_common() if word)
         name = outcome.replace("_", " ")
         parts.append(f"{reasons.total()} {name}" + (f" ({why})" if why else ""))
     return " · ".join(parts)
+
+
+def _why(word: str) -> str:
+    return word if word.startswith("after ") else f"by {word}"
 
 
 def _spent(state: ProgressState) -> str:
@@ -227,7 +242,9 @@ def landmark(state: ProgressState, event: Mapping[str, Any]) -> str:
     if name == "verification":
         result = event["verification"]
         accuracy = formats.percent(number_of(result["test_accuracy"]))
-        return printable(f"{result['trial_id']} seed {result['seed']}: test accuracy {accuracy}")
+        num, asked = len(state.tests[result["trial_id"]]), state.verification_seeds
+        which = f"full training {num} of {max(num, asked)}"
+        return printable(f"{result['trial_id']} {which}: test accuracy {accuracy}")
     if name == "finished" and state.mlflow:
         return f"winner {state.winner}; MLflow is {state.mlflow}"
     if name == "failed":

@@ -225,9 +225,7 @@ class ProbeSource:
         """Records a point and asks the stop rules about the curve up to it."""
         assert isinstance(report, CurvePoint)
         state = self.study.state
-        known = state.points.get(job.job_id, {}).get(report.epoch)
-        if known is None or not same_point(known, report):
-            record_point(self.study, job, report)
+        record_point(self.study, job, report)
         curve = state.curve(job.trial.trial_id, job.rung.rung, up_to=report.epoch)
         ended = state.ended_curves(job.rung.rung) if self.stop_rules else []
         num_points = math.ceil(job.rung.epochs / self.report_every)
@@ -381,7 +379,10 @@ class PhasedSource:
 
 
 def record_point(study: Study, job: Job, point: CurvePoint) -> None:
-    """Writes a `point` event."""
+    """Writes a `point` event, unless a resumed job repeats what the ledger has."""
+    known = study.state.points.get(job.job_id, {}).get(point.epoch)
+    if known is not None and same_point(known, point):
+        return
     study.record(
         "point", job_id=job.job_id, trial_id=job.trial.trial_id, kind=job.kind, point=point
     )

@@ -94,6 +94,7 @@ class ProgressState:
         spec: The spec as plain data.
         rungs: The ladder as plain data, lowest first.
         num_train: Training images at a data fraction of 1.
+        num_trials: Configurations to probe; a grid may have fewer than were asked for.
         expected_on: Rung -> probes on it when nothing fails or is stopped early.
         trials: Trial id -> hyperparameters, in order of suggestion.
         jobs: Job id -> what is known of it.
@@ -110,6 +111,7 @@ class ProgressState:
     spec: Mapping[str, Any] = field(default_factory=dict)
     rungs: Sequence[Mapping[str, Any]] = ()
     num_train: int = 0
+    num_trials: int = 0
     expected_on: dict[int, int] = field(default_factory=dict)
     trials: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     jobs: dict[str, JobView] = field(default_factory=dict)
@@ -172,16 +174,24 @@ class ProgressState:
         )
         self._session_start = self._last
         tier1 = self.section("tier1")
+        self.num_trials = int(event.get("num_trials") or tier1.get("num_trials", 0))
+        asked = event.get("jobs_per_rung") or self._scheduled(tier1)
+        self.expected_on = {
+            rung["rung"]: int(asked.get(str(rung["rung"]), 0)) for rung in self.rungs
+        }
+
+    def _scheduled(self, tier1: Mapping[str, Any]) -> dict[str, int]:
+        """`jobs_per_rung` of ledgers that do not have it yet."""
         make = registry.load("schedulers", str(tier1.get("scheduler", "asha")))
         scheduler = make(
             num_trials=self.num_trials,
             num_rungs=len(self.rungs),
             reduction_factor=int(tier1.get("reduction_factor", 3)),
         )
-        sizes = scheduler.sizes()
-        self.expected_on = {
-            rung["rung"]: sum(size.get(rung["rung"], 0) for size in sizes) for rung in self.rungs
-        }
+        jobs: Counter[str] = Counter()
+        for sizes in scheduler.sizes():
+            jobs.update({str(rung): size for rung, size in sizes.items()})
+        return jobs
 
     def _open(self, before: float) -> None:
         """A driver took over: what ran under the last one is lost, and so is the time between."""
@@ -227,11 +237,6 @@ class ProgressState:
         found = self.spec.get(name)
         return found if isinstance(found, Mapping) else {}
 
-    @property
-    def num_trials(self) -> int:
-        """Configurations to probe."""
-        return int(self.section("tier1").get("num_trials", len(self.trials)))
-
     def expected(self, kind: str) -> int:
         """Jobs of `kind` in all: those asked for until its phase ends, then those there were."""
         phase = {"measure": "tier2", "verify": "verify"}.get(kind, "tier1")
@@ -240,7 +245,13 @@ class ProgressState:
         if kind == "probe":
             return sum(self.expected_on.values())
         asked = self.section({"measure": "tier2", "verify": "verification"}[kind])
-        return int(asked.get("top_k", 0)) * int(asked.get("num_seeds", 1))
+        each = self.verification_seeds if kind == "verify" else 1
+        return min(int(asked.get("top_k", 0)), self.num_trials) * each
+
+    @property
+    def verification_seeds(self) -> int:
+        """Full trainings of each configuration that is verified."""
+        return int(self.section("verification").get("num_seeds", 1))
 
     @property
     def samples_verification(self) -> int:

@@ -1,85 +1,182 @@
-def _console(*, stderr: bool = False) -> Console:
-    """A console that breaks lines only on a terminal; piped output keeps its lines whole."""
-    from rich.console import Console
+"""What the commands print on standard output: records of a study become tables and sentences.
 
+`cli` finds what was asked for, `views` says it, `display` knows how a running search looks. Every
+function here takes the console it prints to; none reads a file, but for the links of a summary.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from llp.display import block, printable, put, settings
+from llp.errors import StudyError, unknown
+from llp.reporting import formats, yaml_text
+from llp.reporting.study import Verified, verified
+
+if TYPE_CHECKING:
+    from llp.doctor import Check
+    from llp.pipeline import CheckReport, Plan
+    from llp.progress import ProgressState
+    from llp.records import GeneralizationScore, SearchResult
+    from llp.registry import Entry
+    from llp.spec.schema import Spec
+    from llp.tracking.ledger import StudySummary
+
+CURVE_POINTS = 5
+"""Evaluations of a rung that `llp show` prints; JSON and `llp export` have all."""
+
+PLACES = {
+    "datasets": "dataset.name, or your own my_package:load",
+    "models": "model.name, or your own my_package:build_model",
+    "optimizers": "training.optimizer, or your own my_package:my_optimizer",
+    "metrics": "tier2.metrics; swa_gain in tier2.refinements",
+    "schedulers": "tier1.scheduler",
+    "searchers": "searcher.name",
+    "schedules": "training.schedule",
+    "stop_rules": "tier1.stop_rules",
+    "augmentations": "training.augmentation",
+    "presets": "score.preset",
+}
+"""Table of names -> where an experiment file uses them."""
+
+CHECK_COLOURS = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console that breaks lines only on a terminal; piped output keeps its lines whole."""
     stream = sys.stderr if stderr else sys.stdout
     return Console(file=stream, width=None if stream.isatty() else 10_000, highlight=False)
 
 
 def _table(*columns: str) -> Table:
-    from rich.table import Table
-
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
 
 
-def _lines(out: Console, *lines: str, style: str = "") -> None:
-    from rich.text import Text
-
-    from llp.progress import printable
-
-    for line in lines:
-        out.print(Text(printable(line)), style=style, soft_wrap=True)
-
-
 def _row(table: Table, *cells: object) -> None:
-    from llp.progress import printable
-
     table.add_row(*map(printable, cells))
 
 
+def _lines(out: Console, *lines: str, style: str = "") -> None:
+    for line in lines:
+        out.print(Text(printable(line).rstrip()), style=style, soft_wrap=True)
 
-def _show_plan(plan: Any, spec: Spec, *, json: bool, report: Any = None) -> None:
-    """The rungs with their images, epochs and cost, and what all of it comes to."""
-    from llp.progress import write_line
-    from llp.reporting import formats
 
-    if json:
-        checked = {"check": report} if report is not None else {"plan": plan}
-        write_line(sys.stdout, {"event": "plan", "name": spec.name, **checked})
-        return
-    out = _console()
-    table = _table("rung", "data", "images", "epochs", "trials", "samples")
-    for rung in plan.rungs:
-        jobs = plan.jobs_per_rung.get(rung.rung, 0)
-        images, samples = formats.count(rung.num_examples), jobs * rung.samples_seen
-        fraction = f"{100 * rung.data_fraction:.3g} %"
-        _row(table, rung.rung, fraction, images, rung.epochs, jobs, formats.amount(samples))
-    total = plan.samples_tier1 + plan.samples_verification
-    share = 100 * total / max(plan.samples_full_search, 1)
-    verification = spec.verification
-    lines = [
-        f"tier 1        {formats.amount(plan.samples_tier1)} samples when nothing is stopped early",
-        f"verification  {formats.amount(plan.samples_verification)} samples: "
-        f"{verification.top_k} configurations x {verification.num_seeds} seeds, in full",
-        f"in all        {formats.amount(total)} samples, {share:.3g} % of the "
-        f"{formats.amount(plan.samples_full_search)} it takes to train all "
-        f"{spec.tier1.num_trials} configurations fully",
-    ]
-    if report is not None:
-        batch = spec.training.batch_size
-        work = formats.duration(total / batch * report.batch_seconds)
-        lines += [
-            f"one batch     {report.batch_seconds:.3g} s for {batch} images and "
-            f"{formats.count(report.model_parameters)} parameters; at the pace of this first one "
-            f"all would be {work} of one worker",
-            "the file is good",
-        ]
+def _facts(out: Console, facts: Iterable[tuple[str, str]]) -> None:
+    """Labels and what there is to say, the second column folded under itself."""
+    table = _table("", "")
+    table.show_header = False
+    for fact in facts:
+        _row(table, *fact)
+    put(out, table)
+
+
+# Before a search
+
+
+def show_plan(plan: Plan, spec: Spec, out: Console, report: CheckReport | None = None) -> None:
+    """The rungs with their images, epochs and cost, what all of it comes to, and the pace."""
     _lines(
         out,
         f"{spec.name}: {formats.count(plan.num_train)} training, "
         f"{formats.count(plan.num_validation)} validation and {formats.count(plan.num_test)} test "
         f"images in {plan.num_classes} classes",
     )
-    out.print(table)
-    _lines(out, *lines)
+    table = _table("rung", "data", "images", "epochs", "trials", "samples")
+    for rung in plan.rungs:
+        jobs = plan.jobs_per_rung.get(rung.rung, 0)
+        images, samples = formats.count(rung.num_examples), jobs * rung.samples_seen
+        fraction = f"{100 * rung.data_fraction:.3g} %"
+        _row(table, rung.rung, fraction, images, rung.epochs, jobs, formats.amount(samples))
+    put(out, table)
+    total = plan.samples_tier1 + plan.samples_verification
+    share = 100 * total / max(plan.samples_full_search, 1)
+    top, seeds = min(spec.verification.top_k, plan.num_trials), spec.verification.num_seeds
+    facts = [
+        (
+            "tier 1",
+            f"{formats.amount(plan.samples_tier1)} samples when nothing is stopped early "
+            "(a sample is one training image in one epoch)",
+        ),
+        (
+            "verification",
+            f"{formats.amount(plan.samples_verification)} samples: full training of the best "
+            f"{formats.plural(top, 'configuration')}, {formats.plural(seeds, 'seed')} each",
+        ),
+        (
+            "in all",
+            f"{formats.amount(total)} samples, {share:.3g} % of the "
+            f"{formats.amount(plan.samples_full_search)} it takes to train all "
+            f"{formats.plural(plan.num_trials, 'configuration')} fully",
+        ),
+    ]
+    if share >= 100:
+        hint = "this search saves nothing: try more configurations or verify fewer"
+        facts += [("", hint)]
+    if report is not None:
+        facts += _pace(report, spec, total)
+    _facts(out, facts)
+    if report is not None:
+        _lines(out, "the file is good")
 
 
-def _show_summary(result: SearchResult, folder: Path, out: Console) -> None:
+def _pace(report: CheckReport, spec: Spec, total: int) -> Iterable[tuple[str, str]]:
+    """How long a step takes and all steps will; a drawn configuration stands for the search."""
+    drawn, plan = report.batch["sampled"], report.plan
+    yield "model", f"{formats.count(report.model_parameters)} parameters with the file's own values"
+    yield (
+        "one step",
+        f"{drawn['seconds']:.3g} s for {formats.plural(drawn['batch_size'], 'image')} and "
+        f"{formats.count(drawn['parameters'])} parameters on {drawn['device']}, with the first "
+        "random configuration",
+    )
+    evaluations = sum(
+        plan.jobs_per_rung.get(rung.rung, 0) * math.ceil(rung.epochs / spec.tier1.report_every)
+        for rung in plan.rungs
+    ) + plan.samples_verification // max(plan.num_train, 1)
+    seconds = total * drawn["seconds"] + (
+        evaluations * plan.num_validation * drawn["evaluation_seconds"]
+    )
+    yield (
+        "time",
+        f"{formats.duration(seconds / drawn['batch_size'])} on one worker at that pace, evaluation "
+        "included; tier 2 and the start of the workers come on top",
+    )
+
+
+# A study
+
+
+def show_status(state: ProgressState, folder: Path, out: Console) -> None:
+    """How far a study is, and its page once there is one."""
+    put(out, block(state))
+    page = folder / "report.html"
+    if state.status != "running" and page.is_file():
+        _lines(out, f"report {page}")
+
+
+def show_studies(studies: Iterable[StudySummary], out: Console) -> None:
+    """One line a study."""
+    table = _table("study", "status", "trials", "winner", "last event")
+    for row in studies:
+        moment = formats.moment(row.updated or row.started)
+        _row(table, row.study_id, row.status, str(row.num_trials), row.winner or "-", moment)
+    put(out, table)
+
+
+def show_summary(result: SearchResult, folder: Path, out: Console) -> None:
     """The answer: winner, how sure, what it cost, and where to look and go next."""
-    from llp.reporting import formats, yaml_text
     from llp.tracking import links
 
     cost = result.cost
@@ -89,7 +186,8 @@ def _show_summary(result: SearchResult, folder: Path, out: Console) -> None:
         config = next(t.trial for t in result.trials if t.trial.trial_id == result.winner)
         _lines(out, f"winner {result.winner}", style="bold green")
         _lines(out, *(f"  {line}" for line in yaml_text.dump(config.hyperparameters).splitlines()))
-        facts += [("accuracy", _verified(result, result.winner))]
+        runs = next((row for row in verified(result) if row.trial_id == result.winner), None)
+        facts += [("accuracy", _accuracy(runs) if runs else "not verified")]
         labels = ["how sure", *[""] * 9]
         facts += list(zip(labels, _how_sure(result), strict=False))
     if result.score_report and result.score_report.sentence:
@@ -102,79 +200,181 @@ def _show_summary(result: SearchResult, folder: Path, out: Console) -> None:
             f"training all {len(result.trials)} fully: {formats.amount(cost.full_search)}{times}",
         )
     ]
-    table = _table("", "")
-    table.show_header = False
-    for fact in facts:
-        _row(table, *fact)
-    out.print(table)
     page, name = folder / "report.html", shlex.quote(str(folder))
     if page.is_file():
-        _lines(out, f"report    {page}")
+        facts += [("report", str(page))]
     tracking = result.spec.get("tracking")
     if isinstance(tracking, Mapping) and tracking.get("mlflow"):
-        _lines(out, f"mlflow    {links.study_link(folder) or f'llp ui {name}'}")
-    _lines(out, f"more      llp show {name} best")
+        facts += [("mlflow", links.study_link(folder) or f"llp ui {name}")]
+    facts += [("more", f"llp show {name} best")]
+    _facts(out, facts)
 
 
-def _verified(result: SearchResult, trial_id: str) -> str:
-    from llp.reporting import formats
-
-    runs = [run for run in result.verifications if run.trial_id == trial_id]
-    if not runs:
-        return "not verified"
-    values = [run.test_accuracy for run in runs]
-    mean = sum(values) / len(values)
-    num = runs[0].num_test_examples
-    sampling = 1.96 * (max(mean * (1 - mean), 0) / max(num, 1)) ** 0.5
-    seeds = ", ".join(f"seed {run.seed}: {formats.percent(run.test_accuracy)}" for run in runs)
+def _accuracy(runs: Verified) -> str:
+    low, high = wilson_interval(runs.mean, runs.num_test_examples)
+    each = ", ".join(formats.percent(accuracy) for accuracy in runs.accuracies)
+    num = len(runs.accuracies)
     return (
-        f"{formats.percent(mean)} on the test images, {formats.plural(len(runs), 'full training')} "
-        f"({seeds}); {formats.count(num)} test images pin it down to "
-        f"±{100 * sampling:.1f} points"
+        f"{formats.percent(runs.mean)} on the test images"
+        + (
+            f", the mean of {num} full trainings ({each})"
+            if num > 1
+            else " after one full training"
+        )
+        + f"; {formats.count(runs.num_test_examples)} test images alone leave "
+        f"{formats.percent(low)} to {formats.percent(high)} open (95 % interval)"
     )
 
 
-def _how_sure(result: SearchResult) -> Iterable[str]:
-    from llp.reporting import formats
+def wilson_interval(share: float, num: int) -> tuple[float, float]:
+    """The 95 % score interval of a share in [0, 1] of `num` trials (Wilson 1927).
 
+    Unlike share ± 1.96 standard errors it has a width where all or none succeed.
+
+    >>> [round(end, 4) for end in wilson_interval(1.0, 100)]
+    [0.963, 1.0]
+    """
+    z, num = 1.959964, max(num, 1)
+    middle = (share + z * z / (2 * num)) / (1 + z * z / num)
+    spread = max(share * (1 - share), 0) / num + z * z / (4 * num * num)
+    half = z * math.sqrt(spread) / (1 + z * z / num)
+    return max(middle - half, 0.0), min(middle + half, 1.0)
+
+
+def _how_sure(result: SearchResult) -> Iterable[str]:
     if result.winner_reason:
         yield result.winner_reason
     report = result.score_report
     if report is None:
         return
-    for score in report.scores:
+    for place, score in enumerate(report.scores, 1):
         if score.trial_id == result.winner:
-            chance = formats.probability(score.probability_best)
             yield (
-                f"score {formats.number(score.value)} ({_span(score.interval)}), "
-                f"{chance} likely the best before verification"
+                f"by the score of tiers 1 and 2 it is number {place} of {len(report.scores)}: "
+                f"{_score(score)}; that score chose what to train fully, and the full trainings "
+                "chose the winner"
             )
     for tie in report.ties:
         if result.winner in tie:
-            yield f"cannot be told apart by score: {', '.join(tie)}"
+            others = [trial_id for trial_id in tie if trial_id != result.winner]
+            yield f"the score cannot tell it apart from {formats.listed(others)}"
 
 
+def _score(score: GeneralizationScore) -> str:
+    value, low, high = map(formats.number, (score.value, score.interval.low, score.interval.high))
+    return f"{value}, {100 * score.interval.level:.0f} % interval {low} to {high}"
 
-def _show_trial(about: Mapping[str, Any], out: Console) -> None:
-    from llp.reporting import formats, yaml_text
 
+# A trial
+
+
+def find_trial(result: SearchResult, wanted: str) -> str:
+    """The id of the trial called `wanted`: an id, `winner`, or `best` (so far).
+
+    Raises:
+        StudyError: There is none.
+    """
+    known = [trial.trial.trial_id for trial in result.trials]
+    if wanted == "winner":
+        if result.winner is None:
+            raise StudyError(f"{result.study_id} has no winner yet; try `best`")
+        return result.winner
+    if wanted == "best":
+        if result.winner is not None:
+            return result.winner
+        if result.score_report and result.score_report.scores:
+            return result.score_report.scores[0].trial_id
+        tops = {
+            trial.trial.trial_id: trial.last.validation_accuracy
+            for trial in result.trials
+            if trial.last is not None and trial.outcome == "completed"
+        }
+        if not tops:
+            raise StudyError(f"no trial of {result.study_id} has finished a rung yet")
+        return max(tops, key=lambda trial_id: tops[trial_id])
+    if wanted not in known:
+        raise StudyError(
+            f"{result.study_id}: {unknown('trial', wanted, [*known, 'best', 'winner'])}"
+        )
+    return wanted
+
+
+def about_trial(result: SearchResult, trial_id: str) -> dict[str, Any]:
+    """All that the study knows of one trial."""
+    scores = result.score_report.scores if result.score_report else ()
+    return {
+        "study_id": result.study_id,
+        "trial_id": trial_id,
+        "winner": result.winner == trial_id,
+        "rungs": result.rungs,
+        "trial": next(t for t in result.trials if t.trial.trial_id == trial_id),
+        "decisions": [d for d in result.decisions if d.trial_id == trial_id],
+        "profile": next((p for p in result.profiles if p.trial_id == trial_id), None),
+        "score": next((s for s in scores if s.trial_id == trial_id), None),
+        "verifications": [v for v in result.verifications if v.trial_id == trial_id],
+    }
+
+
+def show_trial(about: Mapping[str, Any], out: Console) -> None:
+    """All that `about_trial` found, in the order in which it happened."""
     trial = about["trial"]
-    ending = f", {trial.stopped_by}" if trial.stopped_by else ""
-    head = f"{about['trial_id']}  {trial.outcome.replace('_', ' ')}{ending}"
-    _lines(out, head, style="bold")
+    _lines(out, f"{about['trial_id']}  {_outcome(about)}", style="bold")
     _lines(
         out,
-        f"seed {trial.trial.seed}, {formats.amount(trial.samples_seen)} samples, "
-        f"{formats.duration(trial.seconds)}" + (", the winner" if about["winner"] else ""),
+        f"{formats.amount(trial.samples_seen)} samples, {formats.duration(trial.seconds)}, "
+        f"seed {trial.trial.seed}",
         *(f"  {line}" for line in yaml_text.dump(trial.trial.hyperparameters).splitlines()),
     )
     if trial.failure:
         _lines(out, "failure", style="bold")
         _lines(out, *(f"  {line}" for line in trial.failure.strip().splitlines()))
-    _lines(out, "curves", style="bold")
+    _show_curves(trial.curves, out)
+    _lines(out, "decisions", style="bold")
+    _lines(out, *(f"  {d.kind:7} rung {d.rung}  {d.reason}" for d in about["decisions"]))
+    if about["profile"]:
+        _lines(out, "landscape", style="bold")
+        table = _table("measurement", "value", "standard error", "examples", "time", "note")
+        for m in about["profile"].measurements:
+            value, error = formats.number(m.value), formats.number(m.standard_error)
+            seconds = formats.duration(m.seconds)
+            _row(table, m.name, value, error, formats.count(m.num_examples), seconds, m.note)
+        put(out, table)
+    if about["score"]:
+        score = about["score"]
+        _lines(out, f"score {_score(score)}, preset {score.preset}", style="bold")
+        for term, addend in score.contributions.items():
+            why = "  (it ended on a lower rung than others)" if term == "level" else ""
+            if addend:
+                _lines(out, f"  {formats.signed(addend, 4):>9}  {term}{why}")
+        chance = formats.probability(score.probability_best)
+        _lines(out, f"  chance that no other has a higher score: {chance}")
+    if about["verifications"]:
+        _lines(out, "verified by full training", style="bold")
+        table = _table("test accuracy", "val. accuracy", "time", "seed")
+        for run in about["verifications"]:
+            test, validation = map(formats.percent, (run.test_accuracy, run.validation_accuracy))
+            _row(table, test, validation, formats.duration(run.seconds), run.seed)
+        put(out, table)
+
+
+def _outcome(about: Mapping[str, Any]) -> str:
+    trial = about["trial"]
+    words = trial.outcome.replace("_", " ")
+    if trial.outcome == "completed" and trial.stopped_by:
+        words += f" {trial.stopped_by} and not promoted"
+    elif trial.stopped_by:
+        words += f" by {trial.stopped_by}"
+    return f"{words}, the winner" if about["winner"] else str(words)
+
+
+def _show_curves(curves: Iterable[Any], out: Console) -> None:
+    """Some evaluations of each rung, the first and the last among them."""
     table = _table("rung", "data", "epoch", "samples", "train loss", "val. loss", "val. accuracy")
-    for curve in trial.curves:
-        for point in curve.points:
+    shown = left_out = 0
+    for curve in curves:
+        last = len(curve.points) - 1
+        num = min(CURVE_POINTS, last + 1)
+        for point in (curve.points[round(i * last / max(num - 1, 1))] for i in range(num)):
             _row(
                 table,
                 curve.rung,
@@ -185,39 +385,29 @@ def _show_trial(about: Mapping[str, Any], out: Console) -> None:
                 formats.number(point.validation_loss),
                 formats.percent(point.validation_accuracy),
             )
-    out.print(table)
-    _lines(out, "decisions", style="bold")
-    _lines(out, *(f"  {d.kind:7} rung {d.rung}  {d.reason}" for d in about["decisions"]))
-    if about["profile"]:
-        _lines(out, "landscape", style="bold")
-        table = _table("measurement", "value", "standard error", "examples", "cost", "note")
-        for m in about["profile"].measurements:
-            value, error = formats.number(m.value), formats.number(m.standard_error)
-            cost = formats.duration(m.seconds)
-            _row(table, m.name, value, error, formats.count(m.num_examples), cost, m.note)
-        out.print(table)
-    if about["score"]:
-        score = about["score"]
-        head = f"score {formats.number(score.value)} ({_span(score.interval)}), {score.preset}"
-        _lines(out, head, style="bold")
-        terms = score.contributions.items()
-        _lines(out, *(f"  {formats.signed(addend, 4):>9}  {term}" for term, addend in terms))
-        _lines(out, f"  the best with probability {formats.probability(score.probability_best)}")
-    if about["verifications"]:
-        _lines(out, "verified", style="bold")
-    for run in about["verifications"]:
-        test, validation = map(formats.percent, (run.test_accuracy, run.validation_accuracy))
-        _lines(
-            out,
-            f"  seed {run.seed}: test accuracy {test}, validation {validation}, "
-            f"{formats.duration(run.seconds)}",
-        )
+        shown, left_out = shown + num, left_out + last + 1 - num
+    some = f" ({shown} of {shown + left_out} evaluations; all: --json)" if left_out else ""
+    _lines(out, f"curves{some}", style="bold")
+    put(out, table)
 
 
-def _span(interval: Interval) -> str:
-    from llp.reporting import formats
-
-    low, high = formats.number(interval.low), formats.number(interval.high)
-    return f"{low} to {high} with probability {100 * interval.level:.0f} %"
+# Names and checks
 
 
+def show_entries(table_name: str, entries: Mapping[str, Entry], out: Console) -> None:
+    """The rows of one table of names, options only where there are any, and where they go."""
+    with_options = any(entry.options for entry in entries.values())
+    table = _table("name", "what it is", *["options and defaults"] * with_options)
+    for name, entry in entries.items():
+        _row(table, name, entry.summary, *[settings(entry.options)] * with_options)
+    put(out, table)
+    _lines(out, f"in an experiment file: {PLACES[table_name]}", style="dim")
+
+
+def show_check(check: Check, out: Console) -> None:
+    """One finding of `llp doctor`, with what to do about it."""
+    line = Text(f"{check.status:4}", style=CHECK_COLOURS[check.status])
+    line.append(f" {check.name:15} {printable(check.found)}", style="default not bold")
+    out.print(line, soft_wrap=True)
+    if check.todo:
+        _lines(out, f"     do: {check.todo}")

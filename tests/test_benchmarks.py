@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 FOLDER = Path(__file__).resolve().parent / "benchmarks"
-NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "harness")
+NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if "__main__" in path.read_text())
 
 BURN = """
 import resource, subprocess, sys, time
@@ -133,7 +133,7 @@ def test_steady_state_leaves_out_start_and_tail_and_counts_gaps_and_waits():
         span(2, 10, 15, 4.5),
         span(2, 15, 25, 9.0),
     ]
-    found = load("overhead").steady(spans, 2)
+    found = load("timing").steady(spans, 2)
     assert found["steady_seconds"] == 16
     busy = (3 * 5 + 16) * 0.9
     assert found["lost_share"] == pytest.approx(1 - busy / 32)
@@ -202,6 +202,22 @@ def test_search_judges_accuracy_to_one_test_image_and_demands_equal_budgets():
     assert met["test accuracy of llp minus that of asha, points"]  # 0.20 < 100 / 360
     assert not met["test accuracy of llp minus that of random, points"]
     assert not met["samples seen by a peer, as a share of ours"]
+
+
+@pytest.mark.parametrize(("length", "compares"), [(4.0, False), (10.0, True)])
+def test_overhead_judges_what_a_trial_of_ten_seconds_loses(length, compares):
+    figures = {
+        "start": {"seconds": {"llp --help": 0.3}},
+        "short": {
+            "cpu_seconds_per_trial": 0.1,
+            "function": {"num_jobs": 64, "ratio_to_engine": 6.0},
+        },
+        "long": {"trial_seconds": length, "lost_seconds_per_trial": 0.1, "extra_share": 0.5},
+    }
+    values = {bar.name.split(" (")[0]: bar for bar in load("overhead").bars(figures)}
+    assert values["% of the wall time of a trial of 10 s that is lost"].value == pytest.approx(1.0)
+    missed = [name for name, bar in values.items() if not bar.met]
+    assert missed == (["% slower than in bare processes, trials of 10.0 s"] if compares else [])
 
 
 def check_written(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import os
 import socket
 import subprocess
 import sys
-from dataclasses import make_dataclass
+from dataclasses import make_dataclass, replace
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -17,7 +17,7 @@ from make_study import HOSTILE, RUNGS, make_events, make_spec, write_study
 from typer.testing import CliRunner
 
 import llp
-from llp import cli, errors
+from llp import cli, errors, shell, views
 from llp.registry import TABLES
 from llp.tracking import ledger, links
 
@@ -73,8 +73,9 @@ def street(place, monkeypatch):
         return ledger.load_study(folder)
 
     fake.act = play
-    plan = record(
+    fake.plan = plan = record(
         rungs=RUNGS,
+        num_trials=12,
         num_train=1200,
         num_validation=200,
         num_test=360,
@@ -95,8 +96,11 @@ def street(place, monkeypatch):
         return fake.act(options["on_event"])
 
     pipeline.search, pipeline.resume = search, resume
-    pipeline.plan = lambda spec: plan
-    pipeline.check = lambda spec: record(plan=plan, model_parameters=12345, batch_seconds=0.01)
+    drawn = {"parameters": 777, "batch_size": 32, "device": "cpu"}
+    drawn |= {"seconds": 0.25, "evaluation_seconds": 0.1}
+    report = record(plan=plan, model_parameters=12345, batch_seconds=0.01, batch={"sampled": drawn})
+    pipeline.plan = lambda spec: fake.plan
+    pipeline.check = lambda spec: report
     pipeline.report = lambda folder: folder / "report.html"
     monkeypatch.setitem(sys.modules, "llp.pipeline", pipeline)
     monkeypatch.setattr(llp, "pipeline", pipeline, raising=False)
@@ -210,6 +214,27 @@ def test_search_ends_with_winner_certainty_cost_and_where_to_look(run, street, f
     for part in ("accuracy", "how sure", "cost", "report.html", "llp ui", "2 full trainings"):
         assert part in result.stdout
     assert "winner" not in result.stderr
+    lines = result.stdout.splitlines()
+    assert lines == [line.rstrip() for line in lines]
+
+
+def test_a_perfect_test_accuracy_is_not_certain():
+    low, high = views.wilson_interval(1.0, 50)
+    assert high == pytest.approx(1.0)
+    # At the end of a score interval the observed share lies 1.96 standard errors away.
+    assert 1.0 - low == pytest.approx(1.959964 * (low * (1 - low) / 50) ** 0.5)
+    low, high = views.wilson_interval(0.3, 40)
+    for end in (low, high):
+        assert abs(0.3 - end) == pytest.approx(1.959964 * (end * (1 - end) / 40) ** 0.5)
+
+
+def test_the_current_folder_is_importable_as_with_python_m(place, monkeypatch):
+    seen = []
+    monkeypatch.setattr(cli, "app", lambda: seen.append(list(sys.path)))
+    for path in (["/somewhere"], ["", "/somewhere"]):
+        monkeypatch.setattr(sys, "path", list(path))
+        cli.main()
+    assert seen == [[str(place), "/somewhere"], ["", "/somewhere"]]
 
 
 def test_search_hands_on_study_name_and_command(run, street, file, monkeypatch):
@@ -241,13 +266,23 @@ def test_dry_run_and_check_print_the_plan_and_search_nothing(run, street, file):
         for part in ("1,200 training", "rung", "10 %", "24.5 thousand", "54.6 %"):
             assert part in result.stdout
     assert "12,345 parameters" in checked.stdout
+    assert "0.25 s for 32 images and 777 parameters" in checked.stdout
+    evaluations = 6 * (12 + 4 + 1) + 38400 // 1200
+    seconds = ((24480 + 38400) * 0.25 + evaluations * 200 * 0.1) / 32
+    assert f"{seconds // 60:.0f} min {seconds % 60:.0f} s on one worker" in checked.stdout
     assert street.calls == []
     assert strict(run("check", file, "--json").stdout)[0]["check"]["model_parameters"] == 12345
 
 
+def test_a_search_that_costs_more_than_full_training_says_so(run, street, file):
+    assert "saves nothing" not in run("search", file, "--dry-run").stdout
+    street.plan = replace(street.plan, samples_full_search=60000)
+    assert "saves nothing" in run("search", file, "--dry-run").stdout
+
+
 def test_an_override_reaches_the_spec(run, street, file):
-    result = run("search", file, "--dry-run", "--set", "tier1.num_trials=7")
-    assert "train all 7 configurations" in result.stdout
+    result = run("search", file, "--dry-run", "--set", "verification.num_seeds=7")
+    assert "2 configurations, 7 seeds each" in result.stdout
 
 
 def test_resume_takes_the_newest_study_by_default(run, study, street):
@@ -313,7 +348,7 @@ def test_a_bug_keeps_its_traceback_and_asks_for_a_report(run, street, file):
     result = run("search", file)
     assert result.exit_code == 1
     assert isinstance(result.exception, ZeroDivisionError)
-    assert result.exception.__notes__ == [cli.BUG]
+    assert result.exception.__notes__ == [shell.BUG]
 
 
 def test_a_winner_that_mlflow_has_not_heard_of_is_shown_with_exit_code_5(run, street, file):
@@ -386,7 +421,7 @@ def test_show_best_has_curve_measurements_contributions_and_reasons(run, study):
     winner = events[-1]["winner"]
     text = run("show", "best").stdout
     assert text.startswith(f"{winner}  completed")
-    for part in ("val. accuracy", "hessian_trace", "sam_sharpness", "promote", "seed 1000"):
+    for part in ("val. accuracy", "hessian_trace", "sam_sharpness", "promote", "  1000\n"):
         assert part in text
     reasons = [
         event["decision"]["reason"]
@@ -395,6 +430,25 @@ def test_show_best_has_curve_measurements_contributions_and_reasons(run, study):
     ]
     assert all(reason in text for reason in reasons)
     assert run("show", STUDY, "winner").stdout == text
+    assert run("show", "older-11111111", STUDY, "winner").exit_code == 2
+
+
+def test_a_finished_study_says_when_mlflow_lacks_something(run, study):
+    assert f"llp sync llp_studies/{STUDY}" in run("status").stdout
+    links.write_state(study, sync_state(complete=True))
+    assert "mlflow" not in run("status").stdout
+
+
+def test_show_prints_few_points_of_a_long_curve_and_says_so(run, place):
+    events = make_events()
+    points = [event for event in events if event["event"] == "point"]
+    first = [event for event in points if event["job_id"] == points[0]["job_id"]]
+    write_study(place / "llp_studies" / STUDY, events)
+    text = run("show", first[0]["trial_id"]).stdout
+    epochs = [line.split()[3] for line in text.splitlines() if line.startswith("1 ")]
+    assert (epochs[0], epochs[-1]) == ("1", str(first[-1]["point"]["epoch"]))
+    assert len(epochs) == views.CURVE_POINTS < len(first)
+    assert "all: --json" in text
 
 
 def test_show_a_failure_with_its_traceback_and_a_stop_with_its_forecast(run, study):

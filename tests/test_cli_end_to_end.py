@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -90,3 +91,54 @@ def test_a_signal_saves_the_study_and_the_printed_line_goes_on_with_it(tmp_path,
     assert after[: len(before)] == before
     assert len(set(after)) == len(after)
     assert load_study(ledger.parent).winner
+
+
+NET = """
+from torch import nn
+
+def build(*, channels, image_size, num_classes, hidden=4):
+    pixels = channels * image_size**2
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(pixels, hidden), nn.ReLU(), nn.Linear(hidden, num_classes)
+    )
+"""
+
+DATA = """
+import numpy as np
+
+def load(num_train=120):
+    generator = np.random.default_rng(0)
+    labels = np.arange(num_train + 60) % 3
+    images = generator.integers(0, 60, (len(labels), 1, 4, 4)).astype(np.uint8)
+    images[np.arange(len(labels)), 0, labels, labels] = 255
+    return images[:num_train], labels[:num_train], images[num_train:], labels[num_train:]
+"""
+
+
+def test_a_network_and_images_of_the_current_folder_are_searched(tmp_path):
+    (tmp_path / "my_net.py").write_text(NET, encoding="utf-8")
+    (tmp_path / "my_data.py").write_text(DATA, encoding="utf-8")
+    write(
+        tmp_path,
+        dataset={"name": "my_data:load", "options": {"num_train": 90}},
+        model={"name": "my_net:build"},
+        search_space={**SMALL["search_space"], "hidden": [2, 16]},
+    )
+    script = Path(sys.executable).with_name("llp")
+    if not script.is_file():
+        pytest.skip("llp is not installed beside this Python: no console script")
+    outside = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [script, "search", "small.yaml", "--study", "mine"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env=outside,
+    )
+    assert done.returncode == 0, done.stderr
+    result = load_study(tmp_path / "llp_studies" / "mine")
+    assert f"winner {result.winner}" in done.stdout
+    assert all(trial.outcome in ("completed", "stopped") for trial in result.trials)
+    assert {trial.trial.hyperparameters["hidden"] for trial in result.trials} <= {2, 16}
+    assert [run.num_test_examples for run in result.verifications] == [60]

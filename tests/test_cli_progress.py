@@ -13,8 +13,9 @@ import pytest
 from make_study import HOSTILE, make_events
 from rich.console import Console
 
-from llp import progress
-from llp.progress import ProgressState, Reporter, block, facts, landmark, sentence, write_line
+from llp import display
+from llp.display import Reporter, block, facts, landmark, sentence, write_line
+from llp.progress import ProgressState
 from llp.tracking.replay import result_from_events
 
 
@@ -118,6 +119,44 @@ def test_expected_probes_follow_the_scheduler():
     assert replayed([spec]).expected_on == {1: 0, 2: 0, 3: 12}
 
 
+def test_a_ledger_that_says_how_many_probes_it_plans_is_believed():
+    events = make_events(num_trials=12)
+    events[0] |= {"num_trials": 9, "jobs_per_rung": {"1": 9, "2": 3}}  # a grid of nine points
+    state = replayed(events[:1])
+    assert state.expected_on == {1: 9, 2: 3, 3: 0}
+    assert state.expected("probe") == 12
+    assert state.samples_full_search == 9 / 12 * replayed(make_events()[:1]).samples_full_search
+    assert "9 trials" in landmark(state, events[0])
+
+
+def test_no_more_is_measured_or_verified_than_there_are_trials():
+    events = make_events(num_trials=12)
+    events[0] |= {"num_trials": 1, "jobs_per_rung": {"1": 1}}
+    state = replayed(events[:1])
+    assert (state.expected("measure"), state.expected("verify")) == (1, 2)  # with two seeds
+
+
+def test_full_trainings_are_numbered_not_named_by_their_seeds():
+    events = make_events()
+    state, lines = ProgressState(), []
+    for event in events:
+        state.update(event)
+        lines += [landmark(state, event)] if event["event"] == "verification" else []
+    assert [line.partition(" full training ")[2][:6] for line in lines] in (
+        ["1 of 2", "1 of 2", "2 of 2", "2 of 2"],
+        ["1 of 2", "2 of 2", "1 of 2", "2 of 2"],
+    )
+
+
+def test_printed_tables_end_where_their_words_end():
+    out = io.StringIO()
+    display.put(Console(file=out, width=10_000), block(replayed(make_events())))
+    lines = out.getvalue().splitlines()
+    assert lines == [line.rstrip() for line in lines]
+    whole = [line.rstrip() for line in text_of(replayed(make_events()), 10_000).splitlines()]
+    assert lines == whole
+
+
 def test_remaining_time_falls_to_zero_and_is_unknown_at_first():
     events = make_events()
     state = ProgressState()
@@ -139,7 +178,7 @@ def test_no_share_leaves_the_unit_interval_at_any_moment():
     state = ProgressState()
     for event in make_events(num_trials=9, resumed=True):
         state.update(event)
-        assert all(0 <= share <= 1 for _, share, _ in progress._rows(state))
+        assert all(0 <= share <= 1 for _, share, _ in display._rows(state))
         assert text_of(state)
 
 
@@ -182,7 +221,7 @@ def fresh(events, shift=None):
 
 
 def run_plain(events, monkeypatch, seconds, **options):
-    monkeypatch.setattr(progress, "PLAIN_SECONDS", seconds)
+    monkeypatch.setattr(display, "PLAIN_SECONDS", seconds)
     people = io.StringIO()
     with Reporter(console=Console(file=people, width=160), **options) as reporter:
         for event in events:
@@ -235,7 +274,7 @@ def test_on_a_terminal_the_block_is_live_and_failures_stay_above_it():
 def test_a_search_that_fails_before_it_began_leaves_no_empty_block():
     out = io.StringIO()
     with Reporter(console=Console(file=out, force_terminal=True, width=60)):
-        assert progress.clock(0) == "0:00:00"
+        assert display.clock(0) == "0:00:00"
     assert out.getvalue().endswith("\x1b[2K")  # erased
 
 

@@ -93,7 +93,8 @@ class Scheduler:
         """The place of the next new trial, or None when all have started."""
         for number, bracket in enumerate(self.brackets()):
             if num_started < bracket.size:
-                return NewTrial(number, bracket.first_rung)
+                place = f"number {num_started + 1} of {bracket.size} on rung {bracket.first_rung}"
+                return NewTrial(number, bracket.first_rung, place)
             num_started -= bracket.size
         return None
 

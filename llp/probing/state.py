@@ -46,7 +46,7 @@ class SearchState:
         orphans: Jobs that were running when their driver or worker was lost, in order of issue.
         issued: Job id -> the latest issue of the job.
         ends: (trial id, rung) -> how the trial's probe on that rung ended.
-        points: Job id -> epoch -> point.
+        points: Job id -> epoch -> point, of every kind of job.
         failures: Job id -> number of failed attempts.
         memory_failures: Job id -> how many of those ran out of memory.
         promoted: (trial id, rung) of every recorded promotion into that rung.
@@ -91,7 +91,7 @@ class SearchState:
             job = from_plain(Job, event["job"])
             self.orphans.pop(job.job_id, None)
             self.running[job.job_id] = self.issued[job.job_id] = job
-        elif kind == "point" and event["kind"] == "probe":
+        elif kind == "point":
             point = from_plain(CurvePoint, event["point"])
             points = self.points.setdefault(event["job_id"], {})
             for epoch in [e for e in points if e >= point.epoch]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import statistics
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -19,9 +21,12 @@ from llp.training.recipe import Recipe
 from llp.workloads.batches import Batches
 from llp.workloads.images import ImageData
 
+WARM_STEPS = 5
+WARM_SECONDS = 0.5
+
 
 def check_batch(spec: Spec, data: ImageData, device: str | torch.device = "cpu") -> dict[str, Any]:
-    """Trains a step and evaluates a batch, with the file's recipe and with one configuration.
+    """Trains some steps and evaluates a batch, with the file's recipe and with one configuration.
 
     Args:
         spec: The experiment.
@@ -29,9 +34,10 @@ def check_batch(spec: Spec, data: ImageData, device: str | torch.device = "cpu")
         device: Where to try it.
 
     Returns:
-        `parameters` (count), `output_shape`, `loss` (before the step), `seconds` (of the step) and
-        `device` for the file's recipe, and the same under `sampled` for the
-        first random configuration, with its `hyperparameters`.
+        `parameters` (count), `batch_size` (images), `output_shape`, `loss` (before the first step),
+        `seconds` (of a warm step), `evaluation_seconds` (of evaluating the batch) and `device` for
+        the file's recipe, and the same under `sampled` for the first random configuration, with its
+        `hyperparameters`.
 
     Raises:
         SpecError: The recipe does not fit together, the model cannot be built, fails on a batch or
@@ -89,25 +95,43 @@ def _one_step(
         precision=recipe.precision,
         gradient_clip=recipe.gradient_clip,
     )
-    started = time.perf_counter()
     try:
         progress = loop.train_epoch(steps, [(images, labels)], first_step=0)
+        seconds = _warm_seconds(steps, images, labels)
     except loop.Diverged as error:
         raise SpecError(f"model '{recipe.model}' on its first batch: {error}") from error
     except Exception as error:
         raise _failed("a training step", recipe, error) from error
-    seconds = time.perf_counter() - started
+    started = time.perf_counter()
     try:
         loop.evaluate(model, batches, device, precision=recipe.precision)
     except Exception as error:
         raise _failed("an evaluation", recipe, error) from error
+    evaluation_seconds = time.perf_counter() - started
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
+        "batch_size": count,
         "output_shape": list(shape),
         "loss": progress.mean_loss,
         "seconds": seconds,
+        "evaluation_seconds": evaluation_seconds,
         "device": str(device),
     }
+
+
+def _warm_seconds(steps: loop.Steps, images: torch.Tensor, labels: torch.Tensor) -> float:
+    """Median of up to `WARM_STEPS` more steps, fewer when they are slow.
+
+    The first step, which allocates and chooses kernels, can take a hundred times as long.
+    """
+    seconds: list[float] = []
+    while not seconds or (len(seconds) < WARM_STEPS and sum(seconds) < WARM_SECONDS):
+        started = time.perf_counter()
+        # A rate under which the loss explodes in the second step is for the search to find out.
+        with contextlib.suppress(loop.Diverged):
+            loop.train_epoch(steps, [(images, labels)], first_step=0)  # waits for the device
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
 
 
 def _output_shape(
