@@ -241,6 +241,8 @@ def load(table: str, name: str) -> Any:
     module_name, _, attribute = target.partition(":")
     try:
         return getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise SpecError(f"{table}: cannot load '{target}': {error}") from error
     except Exception as error:
         # A user's module may raise anything while it is imported.
         reason = f"{type(error).__name__}: {error}"

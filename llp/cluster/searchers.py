@@ -16,29 +16,41 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llp.errors import Problem, SpecError
 from llp.records import HyperparameterValue
 from llp.spec.constraints import satisfied
-from llp.spec.domains import Choice, Domain, Fixed, Integer, LogUniform, Uniform, ordered
+from llp.spec.domains import (
+    Choice,
+    Domain,
+    Fixed,
+    Integer,
+    LogUniform,
+    RandomSearch,
+    Uniform,
+    ordered,
+)
 
-MAX_TRIES = 1000
+MAX_TRIES = 20
+"""Suggestions that may violate the constraints before a feasible one is drawn at random."""
 
 
 class OptunaThroughTune:
     """A Tune `OptunaSearch` with conditional parameters and constraints.
 
-    Configurations that violate a constraint are told to Optuna as failed and drawn again.
+    A suggestion that violates a constraint is told to Optuna as pruned, which counts as bad: told as
+    failed it would be forgotten, and TPE likes best where it has seen nothing bad. After 20 of them
+    the trial gets a feasible configuration drawn at random.
 
     Args:
         sampler: An Optuna sampler, seeded.
         space: Parameter -> domain.
         constraints: Expressions that every configuration must satisfy.
+        seed: Of the random draws.
     """
 
     num_points: int | None = None
 
     def __init__(
-        self, sampler: Any, space: Mapping[str, Domain], constraints: Sequence[str] = ()
+        self, sampler: Any, space: Mapping[str, Domain], constraints: Sequence[str], seed: int
     ) -> None:
         import optuna
         from ray.tune.search.optuna import OptunaSearch
@@ -47,6 +59,7 @@ class OptunaThroughTune:
         logging.getLogger("ray.tune.search").setLevel(logging.ERROR)
         self._space, self._constraints = dict(space), tuple(constraints)
         self._order = ordered(space)
+        self._random = RandomSearch(space, constraints, seed)
         self._keys: dict[int, str] = {}  # trial -> the suggestion that satisfied the constraints
         self._search = OptunaSearch(
             space=self._define, metric="validation_accuracy", mode="max", sampler=sampler
@@ -63,9 +76,12 @@ class OptunaThroughTune:
         """The configuration of trial `index`.
 
         Raises:
-            SpecError: None of 1,000 suggestions satisfied the constraints.
+            SpecError: Not even random draws satisfy the constraints.
         """
-        for attempt in range(MAX_TRIES):
+        for attempt in range(MAX_TRIES + 1):
+            if attempt == MAX_TRIES:
+                drawn = self._random.suggest(index)
+                self._search._ot_study.enqueue_trial(drawn)
             key = str(index) if attempt == 0 else f"{index}.{attempt}"
             suggested: dict[str, HyperparameterValue] = self._search.suggest(key) or {}
             values = {
@@ -76,14 +92,10 @@ class OptunaThroughTune:
                 if name in suggested or (isinstance(domain, Fixed) and domain.active(suggested))
             }
             if satisfied(self._constraints, values):
-                self._keys[index] = key
-                return values
-            self._search.on_trial_complete(key, error=True)
-        text = (
-            f"none of {MAX_TRIES:,} suggestions satisfies {' and '.join(self._constraints)}; "
-            "use searcher: {name: random}, widen a domain or drop a constraint"
-        )
-        raise SpecError([Problem(text, path="constraints")])
+                break
+            self._search.on_trial_complete(key)
+        self._keys[index] = key
+        return values
 
     def tell(self, index: int, value: float | None) -> None:
         """Reports the first rung's validation accuracy; None when there is none (worst)."""
@@ -106,7 +118,7 @@ def tpe(
             group=True,
             constant_liar=True,
         )
-    return OptunaThroughTune(sampler, space, constraints)
+    return OptunaThroughTune(sampler, space, constraints, seed)
 
 
 def gp(
@@ -120,7 +132,7 @@ def gp(
         sampler = GPSampler(
             seed=seed, n_startup_trials=num_startup_trials, deterministic_objective=False
         )
-    return OptunaThroughTune(sampler, space, constraints)
+    return OptunaThroughTune(sampler, space, constraints, seed)
 
 
 def _suggest(trial: Any, name: str, domain: Domain) -> HyperparameterValue:

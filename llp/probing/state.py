@@ -101,7 +101,7 @@ class SearchState:
             self._end(from_plain(JobEnd, event["end"]), int(event["rung"]))
 
     def _end(self, end: JobEnd, rung: int) -> None:
-        job = self.running.pop(end.job_id, None)
+        job = self.running.pop(end.job_id, None) or self.orphans.pop(end.job_id, None)
         if end.outcome in ("failed", "out_of_memory"):
             self.failures[end.job_id] = self.failures.get(end.job_id, 0) + 1
             if end.outcome == "out_of_memory":
