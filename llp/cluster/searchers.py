@@ -36,9 +36,9 @@ MAX_TRIES = 20
 class OptunaThroughTune:
     """A Tune `OptunaSearch` with conditional parameters and constraints.
 
-    A suggestion that violates a constraint is told to Optuna as pruned, which counts as bad: told as
-    failed it would be forgotten, and TPE likes best where it has seen nothing bad. After 20 of them
-    the trial gets a feasible configuration drawn at random.
+    A suggestion that violates a constraint is told to Optuna as pruned, which counts as bad. Told
+    as failed it would be forgotten, and TPE likes best where it has seen nothing bad. After 20 of
+    them the trial gets a feasible configuration drawn at random.
 
     Args:
         sampler: An Optuna sampler, seeded.
@@ -81,9 +81,11 @@ class OptunaThroughTune:
         for attempt in range(MAX_TRIES + 1):
             if attempt == MAX_TRIES:
                 drawn = self._random.suggest(index)
-                self._search._ot_study.enqueue_trial(drawn)
+                self._search._ot_study.enqueue_trial(drawn)  # type: ignore[attr-defined]
             key = str(index) if attempt == 0 else f"{index}.{attempt}"
-            suggested: dict[str, HyperparameterValue] = self._search.suggest(key) or {}
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # a GP may take over a second
+                suggested: dict[str, HyperparameterValue] = self._search.suggest(key) or {}
             values = {
                 name: domain.value
                 if isinstance(domain, Fixed)
