@@ -118,6 +118,7 @@ class ProbeSource:
         seed: Of the study.
         warm: Whether a promotion starts from the weights of the rung below.
         report_every: Epochs between two points of a job.
+        num_kept: Trials that go on from the highest rung, to tier 2 and verification.
     """
 
     study: Study
@@ -128,9 +129,11 @@ class ProbeSource:
     seed: int = 0
     warm: bool = False
     report_every: int = 1
+    num_kept: int = 1
 
     def __post_init__(self) -> None:
         self._live = False
+        self._replayed = SearchState()
         self.study.listen(self._follow_searcher)
         self._live = True
         for job in list(self.study.state.orphans.values()):
@@ -140,6 +143,10 @@ class ProbeSource:
 
     def _follow_searcher(self, event: dict[str, Any]) -> None:
         """Keeps the searcher's state a function of the ledger, in the order of its lines."""
+        state = self.study.state
+        if not self._live:
+            state = self._replayed
+            state.apply(event)
         if event["event"] == "trial" and not self._live:
             trial = from_plain(Trial, event["trial"])
             again = self.searcher.suggest(int(trial.trial_id[1:]))
@@ -152,16 +159,15 @@ class ProbeSource:
                 )
         elif event["event"] == "job_end" and event["kind"] == "probe":
             trial_id, rung = event["end"]["trial_id"], int(event["rung"])
-            first = min(r for r in self._first_rungs(trial_id))
             tell = getattr(self.searcher, "tell", None)
-            if tell is None or rung != first or not self._is_over(trial_id, rung):
+            over = state.is_over(trial_id, rung, max_failures=self.scheduler.max_failures)
+            if tell is None or not over or rung != self._first_rung(state.trials[trial_id]):
                 return
-            accuracy, _ = self.study.state.result(trial_id, rung)
+            accuracy, _ = state.result(trial_id, rung)
             tell(int(trial_id[1:]), accuracy if math.isfinite(accuracy) else None)
 
-    def _first_rungs(self, trial_id: str) -> list[int]:
-        bracket = self.study.state.trials[trial_id].bracket
-        return [self.scheduler.brackets()[bracket].first_rung]
+    def _first_rung(self, trial: Trial) -> int:
+        return self.scheduler.brackets()[trial.bracket].first_rung
 
     def _is_over(self, trial_id: str, rung: int) -> bool:
         return self.study.state.is_over(trial_id, rung, max_failures=self.scheduler.max_failures)
@@ -171,31 +177,52 @@ class ProbeSource:
         state = self.study.state
         if self._hopeless():
             return WAIT if state.running else DONE
+        left_over = self._half_written()
+        if left_over is not None:
+            return left_over
         step = self.scheduler.next_step(state)
         if step in (WAIT, DONE):
             return step
         if isinstance(step, NewTrial):
-            index = len(state.trials)
-            trial = Trial(
-                trial_id=f"t{index:03d}",
-                hyperparameters=self.searcher.suggest(index),
-                seed=derived_seed(self.seed, 1, index),
-                bracket=step.bracket,
-            )
-            decision = Decision("new", trial.trial_id, step.rung, step.reason)
-            job = self._job(trial, step.rung)
-            self.study.record_all(
-                [
-                    ("decision", {"decision": decision}),
-                    ("trial", {"trial": trial}),
-                    ("job", {"job": job}),
-                ]
-            )
-            return job
+            decision = Decision("new", f"t{len(state.trials):03d}", step.rung, step.reason)
+            return self._start(step.bracket, decision, [("decision", {"decision": decision})])
         assert isinstance(step, Decision)
         job = self._job(state.trials[step.trial_id], step.rung)
         self.study.record_all([("decision", {"decision": step}), ("job", {"job": job})])
         return job
+
+    def _start(
+        self, bracket: int, decision: Decision, before: list[tuple[str, Mapping[str, Any]]]
+    ) -> Job:
+        index = int(decision.trial_id[1:])
+        trial = Trial(
+            trial_id=decision.trial_id,
+            hyperparameters=self.searcher.suggest(index),
+            seed=derived_seed(self.seed, 1, index),
+            bracket=bracket,
+        )
+        job = self._job(trial, decision.rung)
+        self.study.record_all([*before, ("trial", {"trial": trial}), ("job", {"job": job})])
+        return job
+
+    def _half_written(self) -> Job | None:
+        """Goes on with a step of which a kill let only the first lines reach the disk."""
+        state = self.study.state
+        for trial_id, decision in state.announced.items():
+            if trial_id not in state.trials:
+                number, place = 0, int(trial_id[1:])
+                for bracket in self.scheduler.brackets():
+                    if place < bracket.size:
+                        break
+                    number, place = number + 1, place - bracket.size
+                return self._start(number, decision, [])
+        started = [(trial_id, self._first_rung(trial)) for trial_id, trial in state.trials.items()]
+        for trial_id, rung in [*started, *sorted(state.promoted)]:
+            if probe_id(trial_id, rung) not in state.issued:
+                job = self._job(state.trials[trial_id], rung)
+                self.study.record("job", job=job)
+                return job
+        return None
 
     def _job(self, trial: Trial, rung: int) -> Job:
         state = self.study.state
@@ -222,15 +249,25 @@ class ProbeSource:
         return len(failed) >= HOPELESS and len(failed) == len({t for t, _ in ends})
 
     def on_report(self, job: Job, report: Report) -> StopDecision | None:
-        """Records a point and asks the stop rules about the curve up to it."""
+        """Records a point and asks the stop rules about the curve up to it.
+
+        Of the points that a resumed job repeats only the last is asked about again: a kill may have
+        come between it and the verdict.
+        """
         assert isinstance(report, CurvePoint)
         state = self.study.state
         record_point(self.study, job, report)
-        curve = state.curve(job.trial.trial_id, job.rung.rung, up_to=report.epoch)
+        if report.epoch < max(state.points[job.job_id]):
+            return None
+        curve = state.curve(job.trial.trial_id, job.rung.rung)
         ended = state.ended_curves(job.rung.rung) if self.stop_rules else []
-        num_points = math.ceil(job.rung.epochs / self.report_every)
         for rule in self.stop_rules:
-            verdict = rule.decide(curve, num_points=num_points, ended=ended)
+            verdict = rule.decide(
+                curve,
+                num_points=math.ceil(job.rung.epochs / self.report_every),
+                ended=ended,
+                keep_fraction=self.keep_fraction(job.trial, job.rung.rung),
+            )
             if verdict.stop:
                 decision = Decision(
                     "stop",
@@ -242,6 +279,12 @@ class ProbeSource:
                 self.study.record("decision", decision=decision)
                 return verdict
         return None
+
+    def keep_fraction(self, trial: Trial, rung: int) -> float:
+        """Share of the trials on a rung of the trial's bracket that go on."""
+        sizes = self.scheduler.sizes()[trial.bracket]
+        kept = sizes.get(rung + 1, self.num_kept)
+        return min(1.0, kept / sizes[rung])
 
     def on_end(self, job: Job, end: JobEnd) -> None:
         """Records how a probe ended."""

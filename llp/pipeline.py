@@ -25,11 +25,12 @@ from typing import Any
 from llp import registry
 from llp.cluster.ray_tune import Resources, ray_session, run_jobs
 from llp.driver import ListedSource, OnEvent, PhasedSource, ProbeSource, Study, derived_seed
-from llp.errors import EnvironmentProblem, LlpError, NoTrialSucceeded, StudyError
+from llp.errors import EnvironmentProblem, LlpError, NoTrialSucceeded, SpecError, StudyError
+from llp.flatness.metrics import estimated_samples
 from llp.flatness.profile import FlatnessObjective
 from llp.probing.budgets import ladder
 from llp.probing.promotion import Scheduler
-from llp.protocols import Objective
+from llp.protocols import Objective, StopRule
 from llp.records import Job, Rung, SearchResult
 from llp.reporting.html import write_report
 from llp.scoring.choose import choose_for_measurement, choose_for_verification, choose_winner
@@ -38,7 +39,7 @@ from llp.scoring.score import score
 from llp.scoring.table import study_table
 from llp.spec import Spec, check_ladder, digest, load_spec, to_yaml
 from llp.tracking.files import write_atomic
-from llp.tracking.ledger import Ledger, check_same_spec, load_study
+from llp.tracking.ledger import Ledger, check_same_spec, has_study, load_study
 from llp.tracking.ledger import find_study as find_in_root
 from llp.tracking.shipper import start_shipper, wait_shipper
 from llp.training.check import check_batch
@@ -66,6 +67,7 @@ class Plan:
         num_test: Test images.
         num_classes: Classes.
         samples_tier1: Training examples processed by all probes.
+        samples_tier2: About, by the refinements and the gradient equivalents of the metrics.
         samples_verification: By all full trainings of the verification.
         samples_full_search: By training every configuration once with the full recipe.
     """
@@ -78,6 +80,7 @@ class Plan:
     num_test: int
     num_classes: int
     samples_tier1: int
+    samples_tier2: int
     samples_verification: int
     samples_full_search: int
 
@@ -110,6 +113,7 @@ def plan(spec: Spec, data: ImageData | None = None) -> Plan:
     check_ladder(spec, len(data.train), data.num_classes)
     rungs = tuple(ladder(spec.tier1.data_fractions, spec.rung_epochs(), len(data.train)))
     scheduler = make_scheduler(spec)
+    make_stop_rules(spec)
     jobs: dict[int, int] = {}
     for sizes in scheduler.sizes():
         for rung, size in sizes.items():
@@ -125,6 +129,7 @@ def plan(spec: Spec, data: ImageData | None = None) -> Plan:
         num_test=len(data.test) if data.test is not None else 0,
         num_classes=data.num_classes,
         samples_tier1=sum(n * rungs[rung - 1].samples_seen for rung, n in jobs.items()),
+        samples_tier2=spec.tier2.top_k * estimated_samples(spec.tier2, rungs[-1].num_examples),
         samples_verification=verified * verification_epochs * len(data.train),
         samples_full_search=scheduler.num_trials * spec.training.epochs * len(data.train),
     )
@@ -173,7 +178,7 @@ def search(
     spec_digest = digest(spec)
     study_id = study_id or f"{spec.name}-{spec_digest[:8]}"
     folder = Path(spec.output.root) / study_id
-    if (folder / "ledger.jsonl").exists():
+    if has_study(folder):
         check_same_spec(folder, spec_digest)
         status = load_study(folder).status
         raise StudyError(
@@ -310,16 +315,11 @@ def probes(spec: Spec, study: Study) -> ProbeSource:
         scheduler=make_scheduler(spec),
         searcher=make_searcher(spec),
         rungs=rungs,
-        stop_rules=[
-            registry.load("stop_rules", rule["name"])(
-                **{key: value for key, value in rule.items() if key != "name"},
-                keep_fraction=1 / spec.tier1.reduction_factor,
-            )
-            for rule in spec.tier1.stop_rules
-        ],
+        stop_rules=make_stop_rules(spec),
         seed=spec.seed,
         warm=spec.tier1.promotion == "warm",
         report_every=spec.tier1.report_every,
+        num_kept=num_kept(spec),
     )
 
 
@@ -473,6 +473,27 @@ def make_scheduler(spec: Spec) -> Scheduler:
         eager=spec.tier1.eager_promotion,
     )
     return scheduler
+
+
+def make_stop_rules(spec: Spec) -> list[StopRule]:
+    """The stop rules that the spec names, with their options.
+
+    Raises:
+        SpecError: A rule does not take an option it is given.
+    """
+    rules: list[StopRule] = []
+    for number, rule in enumerate(spec.tier1.stop_rules):
+        options = {key: value for key, value in rule.items() if key != "name"}
+        try:
+            rules.append(registry.load("stop_rules", rule["name"])(**options))
+        except (TypeError, ValueError) as error:
+            raise SpecError([spec.problem(f"tier1.stop_rules.{number}", str(error))]) from error
+    return rules
+
+
+def num_kept(spec: Spec) -> int:
+    """Trials that go on from the highest rung: those that are measured or verified."""
+    return max(spec.tier2.top_k, spec.verification.top_k)
 
 
 def make_searcher(spec: Spec) -> Any:

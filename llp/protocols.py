@@ -43,12 +43,18 @@ class StopRule(Protocol):
     name: str
 
     def decide(
-        self, curve: LearningCurve, *, num_points: int, ended: Sequence[LearningCurve]
+        self,
+        curve: LearningCurve,
+        *,
+        num_points: int,
+        ended: Sequence[LearningCurve],
+        keep_fraction: float,
     ) -> StopDecision:
         """The verdict on `curve`, which will have `num_points` points if it runs to its end.
 
         `ended` are the curves of the jobs that ended on the same rung, in ledger order; those of
-        stopped and diverged jobs are shorter than `num_points`.
+        stopped and diverged jobs are shorter than `num_points`. `keep_fraction` is the share of
+        the rung's trials that go on, to the next rung or, from the highest, to verification.
         """
         ...
 

@@ -145,7 +145,7 @@ STOP_RULES: dict[str, Entry] = {
     "power_law": Entry(
         "llp.probing.stopping:PowerLaw",
         "stops when the forecast of the rung's end is clearly below what would be promoted",
-        {"min_points": 4, "confidence": 0.95, "min_finished": 2},
+        {"min_points": 4, "confidence": 0.95, "min_finished": 2, "min_spread": 0.005},
     ),
     "plateau": Entry(
         "llp.probing.stopping:Plateau",

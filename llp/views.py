@@ -100,7 +100,7 @@ def show_plan(plan: Plan, spec: Spec, out: Console, report: CheckReport | None =
         fraction = f"{100 * rung.data_fraction:.3g} %"
         _row(table, rung.rung, fraction, images, rung.epochs, jobs, formats.amount(samples))
     put(out, table)
-    total = plan.samples_tier1 + plan.samples_verification
+    total = plan.samples_tier1 + plan.samples_tier2 + plan.samples_verification
     share = 100 * total / max(plan.samples_full_search, 1)
     top, seeds = min(spec.verification.top_k, plan.num_trials), spec.verification.num_seeds
     facts = [
@@ -108,6 +108,11 @@ def show_plan(plan: Plan, spec: Spec, out: Console, report: CheckReport | None =
             "tier 1",
             f"{formats.amount(plan.samples_tier1)} samples when nothing is stopped early "
             "(a sample is one training image in one epoch)",
+        ),
+        (
+            "tier 2",
+            f"about {formats.amount(plan.samples_tier2)} samples: the landscape around "
+            f"{formats.plural(min(spec.tier2.top_k, plan.num_trials), 'configuration')}",
         ),
         (
             "verification",
@@ -125,7 +130,7 @@ def show_plan(plan: Plan, spec: Spec, out: Console, report: CheckReport | None =
         hint = "this search saves nothing: try more configurations or verify fewer"
         facts += [("", hint)]
     if report is not None:
-        facts += _pace(report, spec, total)
+        facts += _pace(report, spec, total - plan.samples_tier2)
     _facts(out, facts)
     if report is not None:
         _lines(out, "the file is good")
@@ -211,7 +216,7 @@ def show_summary(result: SearchResult, folder: Path, out: Console) -> None:
 
 
 def _accuracy(runs: Verified) -> str:
-    low, high = wilson_interval(runs.mean, runs.num_test_examples)
+    low, high = runs.sampling_interval
     each = ", ".join(formats.percent(accuracy) for accuracy in runs.accuracies)
     num = len(runs.accuracies)
     return (
@@ -224,21 +229,6 @@ def _accuracy(runs: Verified) -> str:
         + f"; {formats.count(runs.num_test_examples)} test images alone leave "
         f"{formats.percent(low)} to {formats.percent(high)} open (95 % interval)"
     )
-
-
-def wilson_interval(share: float, num: int) -> tuple[float, float]:
-    """The 95 % score interval of a share in [0, 1] of `num` trials (Wilson 1927).
-
-    Unlike share ± 1.96 standard errors it has a width where all or none succeed.
-
-    >>> [round(end, 4) for end in wilson_interval(1.0, 100)]
-    [0.963, 1.0]
-    """
-    z, num = 1.959964, max(num, 1)
-    middle = (share + z * z / (2 * num)) / (1 + z * z / num)
-    spread = max(share * (1 - share), 0) / num + z * z / (4 * num * num)
-    half = z * math.sqrt(spread) / (1 + z * z / num)
-    return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
 def _how_sure(result: SearchResult) -> Iterable[str]:

@@ -218,16 +218,6 @@ def test_search_ends_with_winner_certainty_cost_and_where_to_look(run, street, f
     assert lines == [line.rstrip() for line in lines]
 
 
-def test_a_perfect_test_accuracy_is_not_certain():
-    low, high = views.wilson_interval(1.0, 50)
-    assert high == pytest.approx(1.0)
-    # At the end of a score interval the observed share lies 1.96 standard errors away.
-    assert 1.0 - low == pytest.approx(1.959964 * (low * (1 - low) / 50) ** 0.5)
-    low, high = views.wilson_interval(0.3, 40)
-    for end in (low, high):
-        assert abs(0.3 - end) == pytest.approx(1.959964 * (end * (1 - end) / 40) ** 0.5)
-
-
 def test_the_current_folder_is_importable_as_with_python_m(place, monkeypatch):
     seen = []
     monkeypatch.setattr(cli, "app", lambda: seen.append(list(sys.path)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import sys
@@ -27,6 +28,8 @@ class Toy:
     def __call__(self, job: Job) -> Iterator[Any]:
         behaviour = job.trial.hyperparameters["behaviour"]
         for epoch in range(1, job.rung.epochs + 1):
+            if behaviour == "full":
+                raise EnvironmentProblem("disk full while writing checkpoints/x.pt")
             if behaviour == "raise":
                 raise ValueError("a bug in the user's model")
             if behaviour == "die" and job.attempt == 0:
@@ -136,6 +139,21 @@ def test_the_time_limit_is_a_stop(tmp_path):
     assert [(e.outcome, e.stopped_by, e.samples_seen) for _, e in source.ends] == [
         ("stopped", "time_limit", 40)
     ]
+
+
+def test_the_time_limit_spares_full_trainings_and_jobs_that_are_done(tmp_path):
+    source = Listed(["fine", "fine"], epochs=5)
+    source.todo[1] = dataclasses.replace(source.todo[1], kind="verify")
+    run(source, tmp_path, seconds_limit=4.5)
+    ends = {job.kind: end.outcome for job, end in source.ends}
+    assert ends == {"probe": "completed", "verify": "completed"}
+
+
+def test_a_full_disk_ends_the_search_and_fails_no_trial(tmp_path):
+    source = Listed(["full", "full"])
+    with pytest.raises(EnvironmentProblem, match="disk full"):
+        run(source, tmp_path)
+    assert source.ends == []
 
 
 def test_asking_for_a_gpu_that_is_not_there_is_refused_at_once(tmp_path):

@@ -132,7 +132,7 @@ def test_points_that_a_resumed_job_repeats_are_not_written_twice(tmp_path):
 
 def test_a_stop_that_was_recorded_before_a_kill_still_counts(tmp_path):
     study = make_study(tmp_path / "s")
-    rules = [PowerLaw(keep_fraction=1 / 3)]
+    rules = [PowerLaw()]
     source = probes(study, num_trials=9, stop_rules=rules)
     for accuracy in (0.9, 0.91, 0.92, 0.93, 0.94, 0.95):
         work(source, source.next_job(), accuracy=accuracy)
@@ -255,3 +255,47 @@ def test_derived_seeds_are_distinct_and_stable():
     assert len(seeds) == 300
     assert derived_seed(0, 1, 0) == derived_seed(0, 1, 0)
     assert all(0 <= seed < 2**31 for seed in seeds)
+
+
+def test_a_ledger_cut_after_any_line_leads_to_the_same_decisions(tmp_path):
+    """Batches of lines are one write, but a power cut or a full page can end between them."""
+    whole = make_study(tmp_path / "whole")
+    run_to_the_end(probes(whole, num_trials=4))
+    lines = whole.ledger.path.read_bytes().splitlines(keepends=True)
+    expected = [e["decision"] for e in whole.history if e["event"] == "decision"]
+    ended = {e["end"]["job_id"] for e in whole.history if e["event"] == "job_end"}
+    for cut in range(1, len(lines)):
+        folder = tmp_path / f"cut{cut}"
+        folder.mkdir()
+        (folder / "ledger.jsonl").write_bytes(b"".join(lines[:cut]))
+        study = Study(Ledger.open(folder))
+        study.record("opened", host="h", pid=1, environment={})
+        run_to_the_end(probes(study, num_trials=4))
+        decisions = [e["decision"] for e in study.history if e["event"] == "decision"]
+        assert [d for d in decisions if d["kind"] != "retry"] == expected, f"cut after line {cut}"
+        ends = [e["end"]["job_id"] for e in study.history if e["event"] == "job_end"]
+        assert sorted(ends) == sorted(ended), f"cut after line {cut}"
+        study.ledger.close()
+
+
+def test_a_retried_failure_is_told_to_the_searcher_in_ledger_order(tmp_path):
+    told: list[int] = []
+
+    class Listening(RandomSearch):
+        def tell(self, index: int, value: float | None) -> None:
+            told.append(index)
+
+    study = make_study(tmp_path / "s")
+    source = probes(study, num_trials=4, searcher=Listening(SPACE, (), 0))
+    failed = source.next_job()
+    work(source, failed, outcome="failed")
+    again = source.next_job()
+    assert again.job_id == failed.job_id
+    other = source.next_job()
+    work(source, other)
+    work(source, again)
+    live = list(told)
+    assert live == [1, 0]
+    told.clear()
+    probes(reopen(study), num_trials=4, searcher=Listening(SPACE, (), 0))
+    assert told == live

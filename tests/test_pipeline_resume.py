@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 from study_runs import TINY, events, kill_when, llp, start
 
-from llp.pipeline import make_scheduler
+from llp.driver import ProbeSource
+from llp.pipeline import make_scheduler, num_kept
 from llp.probing.promotion import NewTrial
 from llp.probing.state import SearchState
 from llp.records import Decision, to_plain
@@ -43,11 +46,10 @@ def check_replay(log: list[dict]) -> int:
     """Asks the schedulers and rules for every decision again; returns how many were compared."""
     spec = Spec.model_validate(log[0]["spec"])
     scheduler = make_scheduler(spec)
+    source = SimpleNamespace(scheduler=scheduler, num_kept=num_kept(spec))
+    source.keep_fraction = partial(ProbeSource.keep_fraction, source)
     rules = [
-        load("stop_rules", rule["name"])(
-            **{k: v for k, v in rule.items() if k != "name"},
-            keep_fraction=1 / spec.tier1.reduction_factor,
-        )
+        load("stop_rules", rule["name"])(**{k: v for k, v in rule.items() if k != "name"})
         for rule in spec.tier1.stop_rules
     ]
     epochs = dict(enumerate(spec.rung_epochs(), start=1))
@@ -62,7 +64,10 @@ def check_replay(log: list[dict]) -> int:
                 curve = state.curve(trial_id, rung, up_to=last_epoch[f"{trial_id}-r{rung}"])
                 verdicts = [
                     rule.decide(
-                        curve, num_points=epochs[rung], ended=state.ended_curves(rung)
+                        curve,
+                        num_points=epochs[rung],
+                        ended=state.ended_curves(rung),
+                        keep_fraction=source.keep_fraction(state.trials[trial_id], rung),
                     )
                     for rule in rules
                 ]

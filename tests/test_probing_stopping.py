@@ -56,6 +56,7 @@ def test_a_hopeless_job_is_stopped_and_a_good_one_is_not():
         curve("bad", [p.validation_accuracy for p in bad.points[:5]]),
         num_points=12,
         ended=finished,
+        keep_fraction=1 / 3,
     )
     assert verdict.stop
     assert verdict.reason == "power_law"
@@ -66,6 +67,7 @@ def test_a_hopeless_job_is_stopped_and_a_good_one_is_not():
         curve("good", [p.validation_accuracy for p in good.points[:5]]),
         num_points=12,
         ended=finished,
+        keep_fraction=1 / 3,
     )
     assert not kept.stop
 
@@ -76,24 +78,34 @@ def test_stopped_jobs_do_not_raise_the_bar_for_the_rest():
     stopped = [curve(f"s{i}", [0.1] * 4) for i in range(9)]
     weaker = noisy("x", 0.80, 12, 50, noise=0.001)
     cut = LearningCurve("x", 1, weaker.points[:8])
-    assert PowerLaw().decide(cut, num_points=12, ended=survivors).stop
-    assert not PowerLaw().decide(cut, num_points=12, ended=[*survivors, *stopped]).stop
+    assert PowerLaw().decide(cut, num_points=12, ended=survivors, keep_fraction=1 / 3).stop
+    assert (
+        not PowerLaw()
+        .decide(cut, num_points=12, ended=[*survivors, *stopped], keep_fraction=1 / 3)
+        .stop
+    )
 
 
 def test_nothing_is_stopped_on_too_little_evidence():
     finished = [noisy(f"f{i}", 0.9, 12, i) for i in range(8)]
     bad = [p.validation_accuracy for p in noisy("bad", 0.3, 12, 5).points]
     rule = PowerLaw()
-    assert not rule.decide(curve("bad", bad[:3]), num_points=12, ended=finished).stop
-    assert not rule.decide(curve("bad", bad[:6]), num_points=12, ended=finished[:2]).stop
-    assert not rule.decide(curve("bad", bad), num_points=12, ended=finished).stop
+    assert not rule.decide(
+        curve("bad", bad[:3]), num_points=12, ended=finished, keep_fraction=1 / 3
+    ).stop
+    assert not rule.decide(
+        curve("bad", bad[:6]), num_points=12, ended=finished[:2], keep_fraction=1 / 3
+    ).stop
+    assert not rule.decide(
+        curve("bad", bad), num_points=12, ended=finished, keep_fraction=1 / 3
+    ).stop
 
 
 def test_a_jobs_own_completed_curve_is_no_evidence_against_it():
     own = noisy("a", 0.5, 12, 1)
     others = [noisy(f"f{i}", 0.9, 12, i) for i in range(2)]
     cut = LearningCurve("a", 1, own.points[:6])
-    assert not PowerLaw().decide(cut, num_points=12, ended=[own, *others]).stop
+    assert not PowerLaw().decide(cut, num_points=12, ended=[own, *others], keep_fraction=1 / 3).stop
 
 
 def test_intervals_cover_what_comes_out():
@@ -104,7 +116,11 @@ def test_intervals_cover_what_comes_out():
     for i in range(0, 400, 10):
         group = curves[i : i + 10]
         cut = LearningCurve(group[0].trial_id, 1, group[0].points[:6])
-        forecast = PowerLaw().decide(cut, num_points=12, ended=group[1:]).predicted_final
+        forecast = (
+            PowerLaw()
+            .decide(cut, num_points=12, ended=group[1:], keep_fraction=1 / 3)
+            .predicted_final
+        )
         assert forecast is not None
         assert forecast.level == pytest.approx(0.9)
         covered.append(forecast.low <= group[0].points[-1].validation_accuracy <= forecast.high)
@@ -116,7 +132,12 @@ def test_a_nan_curve_is_left_to_the_divergence_check():
     finished = [noisy(f"f{i}", 0.9, 12, i) for i in range(8)]
     assert (
         not PowerLaw()
-        .decide(curve("n", [0.3, math.nan, 0.3, 0.3, 0.3]), num_points=12, ended=finished)
+        .decide(
+            curve("n", [0.3, math.nan, 0.3, 0.3, 0.3]),
+            num_points=12,
+            ended=finished,
+            keep_fraction=1 / 3,
+        )
         .stop
     )
 
@@ -125,7 +146,9 @@ def test_plateau_waits_for_its_patience():
     losses = [1.0, 0.5, 0.6, 0.6, 0.6, 0.6, 0.6, 0.6]
     rule = Plateau(patience_fraction=0.5)
     at = [
-        rule.decide(curve("p", [0.5] * n, losses[:n]), num_points=10, ended=[]).stop
+        rule.decide(
+            curve("p", [0.5] * n, losses[:n]), num_points=10, ended=[], keep_fraction=1 / 3
+        ).stop
         for n in range(1, 9)
     ]
     assert at == [False] * 6 + [True, True]
@@ -133,13 +156,30 @@ def test_plateau_waits_for_its_patience():
 
 @pytest.mark.parametrize("name", STOP_RULES)
 def test_every_stop_rule_goes_through_the_same_life_cycle(name):
-    rule = load("stop_rules", name)(**STOP_RULES[name].options, keep_fraction=0.5)
+    rule = load("stop_rules", name)(**STOP_RULES[name].options)
     finished = [noisy(f"f{i}", 0.8, 10, i) for i in range(5)]
     full = noisy("x", 0.8, 10, 77)
     assert rule.name == name
     for n in range(1, 11):
         cut = LearningCurve("x", 1, full.points[:n])
-        first = rule.decide(cut, num_points=10, ended=finished)
-        assert first == rule.decide(cut, num_points=10, ended=list(finished))
+        first = rule.decide(cut, num_points=10, ended=finished, keep_fraction=1 / 3)
+        assert first == rule.decide(cut, num_points=10, ended=list(finished), keep_fraction=1 / 3)
         assert bool(first.reason) == first.stop
-    assert not rule.decide(full, num_points=10, ended=finished).stop
+    assert not rule.decide(full, num_points=10, ended=finished, keep_fraction=1 / 3).stop
+
+
+def test_no_rule_stops_what_goes_on_whatever_its_place():
+    """On the highest rung of three trials, all three of which are verified, nobody is cut."""
+    finished = [noisy(f"f{i}", 0.9, 12, i) for i in range(8)]
+    bad = LearningCurve("bad", 1, noisy("bad", 0.3, 12, 5).points[:6])
+    assert PowerLaw().decide(bad, num_points=12, ended=finished, keep_fraction=1 / 3).stop
+    assert not PowerLaw().decide(bad, num_points=12, ended=finished, keep_fraction=1.0).stop
+
+
+def test_completed_curves_that_agree_by_chance_do_not_make_certain():
+    same = [curve(f"f{i}", [0.5, 0.7, 0.8, 0.85, 0.87, 0.88]) for i in range(4)]
+    verdict = PowerLaw().decide(
+        curve("x", [0.5, 0.7, 0.8, 0.85]), num_points=6, ended=same, keep_fraction=1 / 3
+    )
+    assert verdict.predicted_final is not None
+    assert verdict.predicted_final.high - verdict.predicted_final.low > 0.01

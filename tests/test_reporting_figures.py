@@ -398,11 +398,33 @@ def test_verified_means_and_standard_errors(result: SearchResult) -> None:
     assert first.mean == pytest.approx(mean([0.88, 0.92]))
     # sample deviation of two values is |a - b| / sqrt(2); over sqrt(2) again
     assert first.standard_error == pytest.approx(0.02)
-    assert first.sampling_error == pytest.approx(math.sqrt(0.9 * 0.1 / 400))
+    low, high = first.sampling_interval
+    assert low < 0.9 < high
+    assert high - low == pytest.approx(2 * 1.959964 * math.sqrt(0.9 * 0.1 / 400), rel=0.01)
     assert second.mean == pytest.approx(0.81)
     sentence = scores.margin_sentence((first, second))
     assert "9.00 ± 2.24 points" in sentence
     assert "more than two standard errors" in sentence
+
+
+def test_a_perfect_test_accuracy_is_not_certain(result: SearchResult) -> None:
+    perfect = study.Verified("t001", (1.0,), 1.0, math.nan, 50)
+    low, high = perfect.sampling_interval
+    assert high == pytest.approx(1.0)
+    # At the end of a score interval the observed share lies 1.96 standard errors away.
+    assert 1.0 - low == pytest.approx(1.959964 * (low * (1 - low) / 50) ** 0.5)
+    for end in study.wilson_interval(0.3, 40):
+        assert abs(0.3 - end) == pytest.approx(1.959964 * (end * (1 - end) / 40) ** 0.5)
+    assert all(map(math.isnan, study.wilson_interval(0.5, 0)))
+    chosen = dataclasses.replace(
+        result,
+        verifications=tuple(
+            dataclasses.replace(v, test_accuracy=1.0, num_test_examples=50)
+            for v in result.verifications
+        ),
+    )
+    page = render_html(chosen).replace(formats.NBSP, " ")
+    assert "50 images alone leave 92.9 % to 100.0 % open" in page
 
 
 def test_margin_with_one_seed_claims_no_error(result: SearchResult) -> None:

@@ -125,13 +125,15 @@ class JobTrainable(tune.Trainable):
                 reports.append({"type": type(report).__name__, "value": to_plain(report)})
                 if isinstance(report, CurvePoint):
                     self._samples_seen, self._seconds = report.samples_seen, report.seconds
-                    end = self._over_time()
-                    if end is not None:
-                        break
                     # The last epoch is reported together with the end, in one round trip.
                     pending = report.epoch < self._job.rung.epochs
+                    end = self._over_time() if pending else None
         except StopIteration as stop:
             end = stop.value
+        except EnvironmentProblem as problem:
+            # A full disk is not the configuration's fault: the driver ends the search, and what
+            # ran is run again by `llp resume`.
+            return {"reports": reports, "end": None, "problem": str(problem), "done": True}
         except Exception:  # noqa: BLE001  a bug in a user's model or dataset is an outcome
             end = self._ended("failed", failure=traceback.format_exc())
         if end is not None:
@@ -144,7 +146,9 @@ class JobTrainable(tune.Trainable):
         }
 
     def _over_time(self) -> JobEnd | None:
-        if self._seconds_limit is None or self._seconds <= self._seconds_limit:
+        if self._seconds_limit is None or self._job.kind != "probe":
+            return None
+        if self._seconds <= self._seconds_limit:
             return None
         return self._ended("stopped", stopped_by="time_limit")
 
@@ -209,6 +213,9 @@ class _Board:
             if verdict is not None and verdict.stop and isinstance(report, CurvePoint):
                 self._finish(tune_id, _stopped(job, report, verdict))
                 return True
+        if result.get("problem"):
+            self.error = EnvironmentProblem(result["problem"])
+            raise self.error
         if result.get("end"):
             self._finish(tune_id, from_plain(JobEnd, result["end"]))
             return True
@@ -315,7 +322,7 @@ def run_jobs(
         objective: Sent to every worker once.
         resources: Per job.
         folder: Where Tune may keep its files.
-        seconds_limit: Wall-clock limit of a job; it then ends as stopped by `time_limit`.
+        seconds_limit: Wall-clock limit of a probe; it then ends as stopped by `time_limit`.
 
     Raises:
         EnvironmentProblem: The cluster can never fit one job.
@@ -383,7 +390,9 @@ def _fitting(resources: Resources) -> int:
         )
     fit = int(cpus / resources.cpus + 1e-9)
     if resources.gpus > 0:
-        fit = min(fit, int(gpus / resources.gpus + 1e-9))
+        share = resources.gpus
+        # A trial's fraction lies on one GPU: two GPUs hold four trials of 0.4, not five.
+        fit = min(fit, int(1 / share + 1e-9) * int(gpus) if share < 1 else int(gpus / share + 1e-9))
     return max(1, fit)
 
 

@@ -112,3 +112,27 @@ def measured_names(row: str, options: Tier2Spec) -> list[str]:
     if row == "swa_gain":
         return ["swa_gain", "swa_gain_loss"]
     return [row]
+
+
+def estimated_samples(options: Tier2Spec, num_examples: int) -> int:
+    """About what measuring one trial costs, in training examples, for a prediction of the cost.
+
+    A forward pass counts a third of a gradient, a Hessian product two; Lanczos takes about six
+    products an eigenvalue. Refinements count their training examples.
+
+    Args:
+        options: The `tier2` section.
+        num_examples: Training images of the highest rung.
+    """
+    equivalents = {
+        "sam_sharpness": 5 / 3,
+        "asam_sharpness": 5 / 3,
+        "noise_sharpness": 17 / 3,
+        "gradient_norm": 1.0,
+        "hessian_eigenvalues": 2.0 * 6 * options.num_eigenvalues,
+        "hessian_trace": 2.0 * options.num_probes,
+    }
+    measured = min(options.num_examples, num_examples)
+    metrics = sum(equivalents.get(name, 1.0) for name in options.metrics)
+    refined = len(options.refinements) * options.refinement_epochs * num_examples
+    return round(metrics * measured) + refined

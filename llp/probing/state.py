@@ -51,6 +51,7 @@ class SearchState:
         memory_failures: Job id -> how many of those ran out of memory.
         promoted: (trial id, rung) of every recorded promotion into that rung.
         stops: Job id -> recorded stop decision.
+        announced: Trial id -> the decision to start it; the trial itself is the next line.
     """
 
     trials: dict[str, Trial] = field(default_factory=dict)
@@ -63,6 +64,7 @@ class SearchState:
     memory_failures: dict[str, int] = field(default_factory=dict)
     promoted: set[tuple[str, int]] = field(default_factory=set)
     stops: dict[str, Decision] = field(default_factory=dict)
+    announced: dict[str, Decision] = field(default_factory=dict)
 
     @classmethod
     def from_events(cls, events: Iterable[Mapping[str, Any]]) -> SearchState:
@@ -83,7 +85,9 @@ class SearchState:
             self.trials[trial.trial_id] = trial
         elif kind == "decision":
             decision = from_plain(Decision, event["decision"])
-            if decision.kind == "promote":
+            if decision.kind == "new":
+                self.announced[decision.trial_id] = decision
+            elif decision.kind == "promote":
                 self.promoted.add((decision.trial_id, decision.rung))
             elif decision.kind == "stop":
                 self.stops[probe_id(decision.trial_id, decision.rung)] = decision
@@ -108,6 +112,7 @@ class SearchState:
                 self.memory_failures[end.job_id] = self.memory_failures.get(end.job_id, 0) + 1
             if job is not None:
                 self.orphans[end.job_id] = job
+        self.ends.pop((end.trial_id, rung), None)  # a retried job counts when it really ended
         self.ends[end.trial_id, rung] = end
 
     def curve(self, trial_id: str, rung: int, *, up_to: int | None = None) -> LearningCurve:

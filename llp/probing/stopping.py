@@ -62,17 +62,23 @@ class PowerLaw:
         min_points: Points of the curve before the first decision; at least 4.
         confidence: One-sided confidence of the upper end, in (0.5, 1).
         min_finished: Completed curves on the rung before the first decision; at least 2.
-        keep_fraction: Share of a rung that goes on, 1 / reduction factor.
+        min_spread: Least standard deviation of the forecast's error, in accuracy; few completed
+            curves may agree by chance. Half a point is the sampling error of 10,000 images.
     """
 
     min_points: int = 4
     confidence: float = 0.95
     min_finished: int = 2
-    keep_fraction: float = 1 / 3
+    min_spread: float = 0.005
     name: str = "power_law"
 
     def decide(
-        self, curve: LearningCurve, *, num_points: int, ended: Sequence[LearningCurve]
+        self,
+        curve: LearningCurve,
+        *,
+        num_points: int,
+        ended: Sequence[LearningCurve],
+        keep_fraction: float,
     ) -> StopDecision:
         """The verdict after the last point of `curve`."""
         seen = len(curve.points)
@@ -80,7 +86,7 @@ class PowerLaw:
         complete = [c for c in others if len(c.points) == num_points]
         if seen < max(self.min_points, 4) or seen >= num_points:
             return CONTINUE
-        if len(complete) < max(self.min_finished, 2, math.ceil(1 / self.keep_fraction)):
+        if len(complete) < max(self.min_finished, 2, math.ceil(1 / keep_fraction)):
             return CONTINUE
         own = _errors(curve)
         if own is None:
@@ -95,10 +101,10 @@ class PowerLaw:
             return CONTINUE
         n = len(misses)
         middle = power_law_forecast(own, num_points) + float(np.mean(misses))
-        spread = float(np.std(misses, ddof=1)) * math.sqrt(1 + 1 / n)
+        spread = max(float(np.std(misses, ddof=1)), self.min_spread) * math.sqrt(1 + 1 / n)
         reach = float(stats.t.ppf(self.confidence, n - 1)) * spread
         low, high = max(0.0, 1 - middle - reach), min(1.0, 1 - middle + reach)
-        place = math.ceil((len(others) + 1) * self.keep_fraction)
+        place = math.ceil((len(others) + 1) * keep_fraction)
         needed = 1 - sorted(finals)[place - 1] if place <= n else 0.0
         forecast = Interval(low, high, 2 * self.confidence - 1)
         if high >= needed:
@@ -123,11 +129,15 @@ class Plateau:
 
     patience_fraction: float = 0.5
     min_points: int = 4
-    keep_fraction: float = 1 / 3
     name: str = "plateau"
 
     def decide(
-        self, curve: LearningCurve, *, num_points: int, ended: Sequence[LearningCurve]
+        self,
+        curve: LearningCurve,
+        *,
+        num_points: int,
+        ended: Sequence[LearningCurve],
+        keep_fraction: float,
     ) -> StopDecision:
         """The verdict after the last point of `curve`."""
         losses = np.array([point.validation_loss for point in curve.points])

@@ -119,11 +119,27 @@ class Verified:
     num_test_examples: int
 
     @property
-    def sampling_error(self) -> float:
-        """Standard error that the finite test split alone leaves: sqrt(p (1 - p) / N)."""
-        if self.num_test_examples <= 0 or not 0 <= self.mean <= 1:
-            return math.nan
-        return math.sqrt(self.mean * (1 - self.mean) / self.num_test_examples)
+    def sampling_interval(self) -> tuple[float, float]:
+        """What the finite test split alone leaves open: `wilson_interval` of the mean."""
+        return wilson_interval(self.mean, self.num_test_examples)
+
+
+def wilson_interval(share: float, num: int) -> tuple[float, float]:
+    """The 95 % score interval of a share in [0, 1] of `num` cases (Wilson 1927).
+
+    Unlike share ± 1.96 standard errors it has a width where all or none succeed. NaN where there is
+    no share or no case.
+
+    >>> [round(end, 4) for end in wilson_interval(1.0, 100)]
+    [0.963, 1.0]
+    """
+    if num <= 0 or not 0 <= share <= 1:
+        return math.nan, math.nan
+    z = 1.959964
+    middle = (share + z * z / (2 * num)) / (1 + z * z / num)
+    spread = share * (1 - share) / num + z * z / (4 * num * num)
+    half = z * math.sqrt(spread) / (1 + z * z / num)
+    return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
 def verified(result: SearchResult) -> tuple[Verified, ...]:

@@ -133,12 +133,10 @@ def _facts(
 ) -> list[tuple[str, str]]:
     facts = []
     if test:
+        low, high = map(formats.percent, test.sampling_interval)
+        images = formats.count(test.num_test_examples)
         facts.append(
-            (
-                "Test split",
-                f"its size alone leaves ± {formats.points(test.sampling_error)} points "
-                f"(standard error of {formats.count(test.num_test_examples)} images)",
-            )
+            ("Test split", f"{images} images alone leave {low} to {high} open (95 % interval)")
         )
     report = result.score_report
     scores = report.scores if report else ()

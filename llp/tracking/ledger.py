@@ -278,6 +278,13 @@ def study_header(folder: Path | str) -> dict[str, Any]:
     )
 
 
+def has_study(folder: Path | str) -> bool:
+    """Whether `folder` holds a study; one that was killed before its first line is none."""
+    if not (Path(folder) / LEDGER_NAME).is_file():
+        return False
+    return any(True for _ in read_events(folder))
+
+
 def is_running(folder: Path | str) -> bool:
     """Whether a driver holds the study's lock at this moment."""
     return holder(Path(folder) / LOCK_NAME) is not None

@@ -3,7 +3,8 @@
 A job may appear several times: it was retried after a failure, or its driver was killed and a
 second one ran it again from its last checkpoint. A point at an epoch that was already reported
 therefore replaces that point and all later ones of the job, and the examples trained twice are
-counted as spent.
+counted as spent. (A resumed job that only repeats what the ledger has writes nothing, so work that
+a kill of the driver made it do again, at most a snapshot interval, is not counted.)
 """
 
 from __future__ import annotations
