@@ -326,7 +326,7 @@ def probes(spec: Spec, study: Study) -> ProbeSource:
 def measurements(spec: Spec, study: Study) -> ListedSource:
     """Tier 2: the landscape around the survivors' checkpoints."""
     result = study.result()
-    chosen = choose_for_measurement(result.trials, spec.tier2.top_k)
+    chosen = choose_for_measurement(result.trials, spec.tier2.top_k, rungs=result.rungs)
     by_id = {trial.trial.trial_id: trial for trial in result.trials}
     jobs = []
     for trial_id in chosen:
@@ -352,7 +352,10 @@ def verifications(spec: Spec, study: Study) -> ListedSource:
     result = study.result()
     _record_scores(spec, study)
     table = study_table(
-        result.trials, result.profiles, num_validation=int(study.header["num_validation"])
+        result.trials,
+        result.profiles,
+        num_validation=int(study.header["num_validation"]),
+        rungs=result.rungs,
     )
     scores = score(
         table,
@@ -390,7 +393,11 @@ def finish(spec: Spec, study: Study, folder: Path) -> None:
     """Names the winner and writes the page; the last line of the ledger comes after the page."""
     _record_scores(spec, study)
     result = study.result()
-    winner, reason = choose_winner(result.verifications)
+    winner, reason = choose_winner(
+        result.verifications,
+        num_seeds=spec.verification.num_seeds,
+        num_validation=int(study.header["num_validation"]),
+    )
     _write_report(
         spec, folder, replace(result, status="finished", winner=winner, winner_reason=reason)
     )
@@ -418,6 +425,7 @@ def _record_scores(spec: Spec, study: Study) -> None:
             alpha=spec.score.alpha,
             num_validation=int(study.header["num_validation"]),
             seed=spec.seed,
+            rungs=result.rungs,
         ),
     )
 

@@ -82,7 +82,7 @@ def simulate(
             "num_validation": 500,
             **{f"metric{k}": flat[:, k] for k in range(metrics)},
             **{f"metric{k}_se": 0.05 for k in range(metrics)},
-            "test_accuracy": np.where(np.arange(rows) < finished, final, math.nan),
+            "verified_accuracy": np.where(np.arange(rows) < finished, final, math.nan),
         },
         index=[f"t{i:03d}" for i in range(rows)],
     )

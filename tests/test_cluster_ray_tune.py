@@ -162,5 +162,5 @@ def test_asking_for_a_gpu_that_is_not_there_is_refused_at_once(tmp_path):
 
 
 def test_more_cpus_than_there_are_is_refused_at_once(tmp_path):
-    with pytest.raises(EnvironmentProblem, match="lower resources.cpus_per_trial"):
+    with pytest.raises(EnvironmentProblem, match=r"lower resources\.cpus_per_trial"):
         run_jobs(Listed(["fine"]), Toy(tmp_path), resources=Resources(cpus=64), folder=tmp_path)

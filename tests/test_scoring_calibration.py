@@ -125,9 +125,9 @@ def test_known_weights_are_recovered_within_their_standard_errors():
         study = Study(table, Roles.from_table(table))
         truth = 0.6 * t1(study) + 0.8 * study.t2("metric0", study.metric("metric0"))
         rng = np.random.default_rng(seed)
-        table["test_accuracy"] = truth + 0.3 * rng.normal(size=200)
+        table["verified_accuracy"] = truth + 0.3 * rng.normal(size=200)
         # Normal scores divide the target by its spread, and the weights with it.
-        scale = np.std(table["test_accuracy"])
+        scale = np.std(table["verified_accuracy"])
         calibration = calibrate(table)
         error = calibration.weights["metric0"] - 0.8 / scale
         inside.append(abs(error) < 2 * calibration.standard_errors["metric0"] + 0.05)
@@ -150,7 +150,7 @@ def test_two_studies_in_one_table_equal_two_tables():
 
 def test_missing_target_is_refused():
     with pytest.raises(SpecError, match="no target"):
-        calibrate(simulate(0).drop(columns="test_accuracy"))
+        calibrate(simulate(0).drop(columns="verified_accuracy"))
 
 
 def test_basis_takes_logs_squares_categories_and_drops_what_is_constant():

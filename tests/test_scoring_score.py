@@ -92,7 +92,7 @@ def test_calibrated_ignores_monotone_transformations_of_metric_and_target():
     changed = table.copy()
     changed["metric0"] = np.exp(changed["metric0"])
     changed["metric1"] = changed["metric1"] ** 3
-    changed["test_accuracy"] = changed["test_accuracy"] ** 2
+    changed["verified_accuracy"] = changed["verified_accuracy"] ** 2
     changed[["metric0_se", "metric1_se"]] = 0.0
     before, after = score(table), score(changed)
     assert before.calibration.tier2_enters

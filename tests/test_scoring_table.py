@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from llp.errors import SpecError
-from llp.records import TrialResult
+from llp.records import Rung, TrialResult
 from llp.scoring import Roles, study_table
 from llp.scoring.roles import family
 from tests.scoring_tables import curve, profile, result, verification
@@ -20,6 +20,7 @@ def test_row_holds_signals_at_the_end_of_the_highest_finished_rung():
     assert row["validation_loss"] == pytest.approx(0.2)
     assert row["validation_accuracy_last3"] == pytest.approx((0.5 + 0.6 + 0.8) / 3)
     assert row["num_validation"] == 50
+    assert math.isnan(row["verified_accuracy"])
     assert math.isnan(row["test_accuracy"])
 
 
@@ -44,9 +45,47 @@ def test_diverged_trial_has_no_signals_even_after_a_good_lower_rung():
 def test_failure_on_the_next_rung_keeps_the_finished_one():
     whole = result("t001", [0.5, 0.7], outcome="failed")
     cut = result("t002", [0.5], outcome="failed", checkpoint=False)
-    table = study_table([result("t000", [0.5, 0.6]), whole, cut])
+    rungs = [Rung(1, 0.1, 100, 2), Rung(2, 1.0, 1000, 15)]
+    table = study_table([result("t000", [0.5, 0.6]), whole, cut], rungs=rungs)
     assert table.loc["t001", ["level", "validation_accuracy"]].tolist() == [1.0, 0.7]
     assert math.isnan(table.loc["t002", "validation_accuracy"])
+
+
+def test_only_trial_on_a_rung_does_not_make_its_partial_curve_a_finished_one():
+    rungs = [Rung(1, 0.1, 100, 2), Rung(2, 1.0, 1000, 15)]
+    for outcome in ("failed", "out_of_memory", "stopped"):
+        broken = result("t000", [0.5, 0.6], [0.9, 0.99], outcome=outcome)
+        for known in (rungs, ()):
+            row = study_table([broken, result("t001", [0.5, 0.7])], rungs=known).loc["t000"]
+            assert row["rung"] == 1
+            assert row["validation_accuracy"] == 0.6
+
+
+def test_partial_curve_of_an_interrupted_job_is_not_finished():
+    rungs = [Rung(1, 0.1, 100, 2), Rung(2, 1.0, 1000, 3)]
+    going, done = result("t000", [0.5, 0.6], [0.9]), result("t001", [0.5, 0.6], [0.7, 0.8, 0.9])
+    table = study_table([going, done], rungs=rungs)
+    assert table["level"].tolist() == [1.0, 2.0]
+    assert table["validation_accuracy"].tolist() == [0.6, 0.9]
+
+
+def test_failure_before_the_first_report_on_a_rung_keeps_the_rung_below():
+    table = study_table([result("t000", [0.5, 0.7], [], outcome="failed")])
+    assert table.loc["t000", ["level", "validation_accuracy"]].tolist() == [1.0, 0.7]
+
+
+def test_target_is_verified_validation_accuracy_never_test_accuracy(tmp_path):
+    runs = [verification("t000", 0, 0.7, test=0.1), verification("t000", 1, math.nan, test=0.2)]
+    table = study_table([result("t000", [0.5])], (), runs)
+    table.to_parquet(tmp_path / "t.parquet")
+    back = pd.read_parquet(tmp_path / "t.parquet")
+    assert back[Roles.from_table(back).target].tolist() == [0.7]
+    back.attrs.clear()
+    assert back[Roles.from_table(back).target].tolist() == [0.7]
+    roles = Roles.from_table(back.drop(columns="verified_accuracy"))
+    assert roles.target is None
+    assert "test_accuracy" not in roles.hyperparameters
+    assert back["num_seeds"].tolist() == [1]
 
 
 def test_target_is_the_mean_over_seeds_and_metrics_keep_their_errors():
@@ -56,6 +95,7 @@ def test_target_is_the_mean_over_seeds_and_metrics_keep_their_errors():
         [verification("t001", 0, 0.7, 0.70), verification("t001", 1, 0.8, 0.74)],
     )
     row = table.loc["t001"]
+    assert row["verified_accuracy"] == pytest.approx(0.75)
     assert row["test_accuracy"] == pytest.approx(0.72)
     assert row["num_seeds"] == 2
     assert (row["noise_sharpness"], row["noise_sharpness_se"]) == (0.3, 0.02)

@@ -2,8 +2,11 @@
 
 Rows: validation_accuracy, validation_loss, T1, llp always (llp where a sharpness was measured);
 T1+h, T1+T2, T1+h+T2 and T1+h+shuffled T2 from 12 finished trials on, always predicted for trials
-that were left out of the fit; the noise ceiling where trials were verified with several seeds. The
-test accuracies serve to judge the rankings here and choose nothing.
+that were left out of the fit; the noise ceiling where trials were verified with several seeds.
+
+Rankings are judged by the column `test_accuracy` where a table has one, by its target otherwise.
+That is reporting: the weights are learnt from the target, the validation accuracy of the full
+trainings, and no weight, choice or winner depends on a test accuracy.
 
 Cost is in samples seen. T1 costs all probes; metrics add their seconds at the probes' own rate of
 samples per second; h and T2 add the full trainings that their weights were learnt from.
@@ -22,7 +25,7 @@ import pandas as pd
 from llp.records import AblationRow, Interval, Verification
 from llp.scoring.calibration import MIN_FINISHED, Gain, Model, fit, split, t1
 from llp.scoring.ranks import Array, normal_scores, regret, tau, tau_interval
-from llp.scoring.roles import Roles
+from llp.scoring.roles import TARGET, TEST, Roles
 from llp.scoring.score import score
 from llp.scoring.terms import GATE_MINIMUM, Study
 
@@ -40,7 +43,8 @@ def ablation(
     """The rows, and one sentence that says whether flatness helped here: yes, no, or unknown.
 
     Args:
-        table: Of one study; its target column is what rankings are judged on.
+        table: Of one study; rankings are judged by its test accuracies, or by its target where it
+            has none.
         verifications: For the noise ceiling.
         roles: What the columns mean; default: `Roles.from_table(table)`.
         alpha: Of the `llp` row.
@@ -50,12 +54,15 @@ def ablation(
         SpecError: A column that the roles name is missing.
     """
     roles = roles or Roles.from_table(table)
-    num = 0
+    num, judge = 0, roles.target or ""
     # Numbered rows: labels of a foreign table may repeat.
     table = table.reset_index(drop=True)
     if roles.target is not None and len(table):
         (study,) = split(table, replace(roles, study=None))
-        rows = np.flatnonzero(np.isfinite(study.target))
+        if TEST in table and np.isfinite(study.numeric(TEST)).any():
+            judge = TEST
+        target = study.numeric(judge)
+        rows = np.flatnonzero(np.isfinite(study.target) & np.isfinite(target))
         num = len(rows)
     if num < MIN_VERIFIED:
         return (), (
@@ -63,9 +70,12 @@ def ablation(
             f"trial{'s' * (num != 1)}, and comparing rankings takes at least {MIN_VERIFIED}."
         )
     model = fit([study], seed=seed) if num >= MIN_FINISHED else None
+    folds = np.arange(num)
     if model is not None:
-        rows = np.array([row for _, row in model.finished])
-    target = study.target[rows]
+        fitted = np.array([row for _, row in model.finished])
+        folds = np.flatnonzero(np.isin(fitted, rows))
+        rows = fitted[folds]
+    target = target[rows]
     probes, metrics, verified = _costs(table)
     rankings: list[tuple[str, Array, int]] = []
 
@@ -84,7 +94,7 @@ def ablation(
             ("T1+h+shuffled T2", probes + metrics + verified),
         ):
             if name in model.out_of_fold:
-                rankings.append((name, model.out_of_fold[name], samples))
+                rankings.append((name, model.out_of_fold[name][folds], samples))
     llp = score(table, roles=roles, preset="llp", alpha=alpha, seed=seed)
     if llp.preset == "llp":
         values = llp.table["score"].loc[study.table.index].to_numpy(dtype=np.float64)[rows]
@@ -103,7 +113,10 @@ def ablation(
         for name, values, samples in rankings
     ]
     ceiling = noise_ceiling(verifications, seed=seed)
-    return tuple(built + ([ceiling] if ceiling is not None else [])), _sentence(study, model, num)
+    sentence = _sentence(study, model, num)
+    if judge == TEST and roles.target != TEST:
+        sentence += " The ablation table judges by test accuracy, which chooses nothing."
+    return tuple(built + ([ceiling] if ceiling is not None else [])), sentence
 
 
 def noise_ceiling(verifications: Sequence[Verification], *, seed: int = 0) -> AblationRow | None:
@@ -175,12 +188,13 @@ def _sentence(study: Study, model: Model | None, num: int) -> str:
             f"{question} Not enough evidence: tier 2 was measured on {measured} trials that had "
             f"learnt enough, and weighing it takes {GATE_MINIMUM}."
         )
-    return f"{question} {_verdict(gain, model.calibration.tier2_enters)}"
+    return f"{question} {_verdict(gain, model.calibration.tier2_enters, study.roles.target)}"
 
 
-def _verdict(gain: Gain, enters: bool) -> str:
+def _verdict(gain: Gain, enters: bool, target: str | None) -> str:
+    words = "verified validation accuracy" if target == TARGET else target
     numbers = (
-        f"{gain.value:+.3f} in cross-validated tau, 90 % interval "
+        f"{gain.value:+.3f} in cross-validated tau with {words}, 90 % interval "
         f"[{gain.interval.low:+.3f}, {gain.interval.high:+.3f}]; shuffled {gain.shuffled:+.3f}"
     )
     if enters:

@@ -10,6 +10,7 @@ from llp.records import (
     FlatnessProfile,
     GeneralizationScore,
     Interval,
+    Rung,
     ScoreReport,
     TrialResult,
     Verification,
@@ -30,6 +31,7 @@ def score_report(
     num_validation: int | None = None,
     history: pd.DataFrame | Sequence[pd.DataFrame] | None = None,
     seed: int = 0,
+    rungs: Sequence[Rung] = (),
 ) -> ScoreReport:
     """All scores of a study, best first, with the evidence for or against tier 2.
 
@@ -45,11 +47,12 @@ def score_report(
         num_validation: Validation images, for the binomial error of accuracies.
         history: Tables of earlier studies, for `calibrated`.
         seed: Of draws, folds and bootstraps.
+        rungs: Of the study; see `table.study_table`.
 
     Raises:
         SpecError: Unknown preset or column.
     """
-    table = study_table(trials, profiles, verifications, num_validation=num_validation)
+    table = study_table(trials, profiles, verifications, num_validation=num_validation, rungs=rungs)
     scores = score(table, preset=preset, weights=weights, alpha=alpha, history=history, seed=seed)
     rows, verdict = ablation(table, verifications, alpha=alpha, seed=seed)
     return ScoreReport(

@@ -31,6 +31,12 @@ TIER1: dict[str, Direction] = {
 }
 """Signals of our own study tables."""
 
+TARGET = "verified_accuracy"
+"""Validation accuracy of the full trainings: what weights are learnt from."""
+
+TEST = "test_accuracy"
+"""Test accuracy of the full trainings: rankings are judged by it in the report, nothing else is."""
+
 BOOKKEEPING = (
     "outcome",
     "rung",
@@ -43,7 +49,8 @@ BOOKKEEPING = (
     "num_seeds",
     "verification_samples",
     "study",
-    "test_accuracy",
+    TARGET,
+    TEST,
 )
 """Columns of our own study tables that are neither hyperparameters nor signals."""
 
@@ -132,9 +139,10 @@ class Roles:
     def from_table(cls, table: pd.DataFrame) -> Roles:
         """Roles from `table.attrs["roles"]`, or else from the column names.
 
-        By name: our own signals, `study`, `level`, `num_validation` and `test_accuracy` are known;
-        a column with a `NAME_se` beside it is a tier-2 metric of unknown direction; all other
-        columns are taken to be hyperparameters.
+        By name: our own signals, `study`, `level`, `num_validation` and the target
+        `verified_accuracy` are known, and `test_accuracy` is known to be no target; a column with a
+        `NAME_se` beside it is a tier-2 metric of unknown direction; all other columns are taken to
+        be hyperparameters.
         """
         stored = table.attrs.get("roles")
         if stored is not None:
@@ -152,7 +160,7 @@ class Roles:
             tier1=tier1,
             tier2=tier2,
             study="study" if "study" in present else None,
-            target="test_accuracy" if "test_accuracy" in present else None,
+            target=TARGET if TARGET in present else None,
             level="level" if "level" in present else None,
             num_validation="num_validation" if "num_validation" in present else None,
         )

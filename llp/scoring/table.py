@@ -7,6 +7,11 @@ begun the next rung and a stop rule ended it there (it was promoted, but did not
 Everything downstream ranks by level first and by signals second; signals of a row are those at the
 end of its highest finished rung, and before that its last report. A diverged trial has no signals
 at all, however well it did on lower rungs: with more data it fails, so it ranks last.
+
+What is learnt from: the target is the validation accuracy of the full trainings, so the test split
+has no part in any weight, score or choice. It is measured on the validation images that the probes
+were measured on, which favours the probes' own validation signals over hyperparameters and tier 2:
+the cautious side. Test accuracy stands beside it for the ablation table alone.
 """
 
 from __future__ import annotations
@@ -18,8 +23,15 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from llp.records import CurvePoint, FlatnessProfile, LearningCurve, TrialResult, Verification
-from llp.scoring.roles import BOOKKEEPING, TIER1, Direction, Roles
+from llp.records import (
+    CurvePoint,
+    FlatnessProfile,
+    LearningCurve,
+    Rung,
+    TrialResult,
+    Verification,
+)
+from llp.scoring.roles import BOOKKEEPING, TARGET, TEST, TIER1, Direction, Roles
 
 NAN = math.nan
 
@@ -31,14 +43,16 @@ def study_table(
     *,
     num_validation: int | None = None,
     study: str | None = None,
+    rungs: Sequence[Rung] = (),
 ) -> pd.DataFrame:
     """One row per trial, indexed by `trial_id`, with its `Roles` in `attrs["roles"]`.
 
     Columns: the hyperparameters (missing where inactive); `outcome`, `rung` (highest finished, 0
     for none), `level`, `data_fraction`, `samples_seen` and `seconds` (all probes of the trial);
     the tier-1 signals; `num_validation`; each tier-2 metric NAME with NAME_se, and
-    `tier2_seconds`; `test_accuracy` (the target: mean over verification seeds), `num_seeds`,
-    `verification_samples`.
+    `tier2_seconds`; `verified_accuracy` (the target: validation accuracy of the full trainings,
+    mean over seeds), `num_seeds`, `verification_samples`, and `test_accuracy` (mean over seeds; to
+    report with, never learnt from).
 
     Args:
         trials: In order of suggestion.
@@ -46,8 +60,10 @@ def study_table(
         verifications: One per (trial, seed).
         num_validation: Number of validation images, for the binomial error of accuracies.
         study: Name of the study; adds a `study` column.
+        rungs: Tell how many epochs a finished curve has. Without them the last curve of a trial
+            counts as finished only when the trial is `completed`.
     """
-    full_length = _epochs_by_rung(trials)
+    full_length = {rung.rung: rung.epochs for rung in rungs}
     measured = {profile.trial_id: profile for profile in profiles}
     verified: dict[str, list[Verification]] = defaultdict(list)
     for verification in verifications:
@@ -79,12 +95,12 @@ def study_table(
         tier1=dict(TIER1),
         tier2=directions,
         study="study" if study is not None else None,
-        target="test_accuracy",
+        target=TARGET,
         level="level",
         num_validation="num_validation",
     )
     if not rows:
-        table = pd.DataFrame(columns=["level", *TIER1, "num_validation", "test_accuracy"])
+        table = pd.DataFrame(columns=["level", *TIER1, "num_validation", TARGET, TEST])
     table.attrs["roles"] = roles.to_plain()
     return table
 
@@ -92,27 +108,34 @@ def study_table(
 def finished_curves(
     result: TrialResult, full_length: Mapping[int, int]
 ) -> tuple[list[LearningCurve], LearningCurve | None]:
-    """The curves of a trial that ran to their rung's end, and the one that did not, if any."""
-    curves = [curve for curve in result.curves if curve.points]
-    if not curves:
+    """The curves of a trial that ran to their rung's end, and the one that did not, if any.
+
+    A curve with a later rung after it is finished, as only finished probes are promoted. The last
+    one is when its job completed, or when it has all epochs and it was the job of the *next* rung
+    that failed.
+
+    Args:
+        result: The trial.
+        full_length: Rung -> epochs. On a rung that is missing here, only completion counts.
+    """
+    if not result.curves:
         return [], None
-    last = curves[-1]
-    complete = result.outcome == "completed" or (
-        # A retryable failure of the *next* rung's job leaves this rung's curve whole.
-        result.outcome in ("failed", "out_of_memory")
-        and result.checkpoint is not None
-        and last.points[-1].epoch >= full_length.get(last.rung, math.inf)
-    )
-    return (curves, None) if complete else (curves[:-1], last)
-
-
-def _epochs_by_rung(trials: Sequence[TrialResult]) -> dict[int, int]:
-    longest: dict[int, int] = defaultdict(int)
-    for result in trials:
-        for curve in result.curves:
-            for point in curve.points:
-                longest[curve.rung] = max(longest[curve.rung], point.epoch)
-    return dict(longest)
+    *earlier, last = result.curves
+    complete = [curve for curve in earlier if curve.points]
+    if not last.points:
+        return complete, None
+    length = full_length.get(last.rung)
+    if result.outcome == "completed":
+        # A shorter one belongs to a job that was still running when the study was interrupted.
+        ended = length is None or last.points[-1].epoch >= length
+    else:
+        ended = (
+            result.outcome in ("failed", "out_of_memory")
+            and result.checkpoint is not None
+            and length is not None
+            and last.points[-1].epoch >= length
+        )
+    return ([*complete, last], None) if ended else (complete, last)
 
 
 def _tier1(result: TrialResult, full_length: Mapping[int, int]) -> dict[str, object]:
@@ -160,12 +183,18 @@ def _tier2(
 
 
 def _target(verifications: Sequence[Verification]) -> dict[str, object]:
-    accuracies = [v.test_accuracy for v in verifications if math.isfinite(v.test_accuracy)]
+    usable = [v for v in verifications if math.isfinite(v.validation_accuracy)]
     return {
-        "test_accuracy": float(np.mean(accuracies)) if accuracies else NAN,
-        "num_seeds": len(accuracies),
+        TARGET: _mean([v.validation_accuracy for v in verifications]),
+        "num_seeds": len(usable),
         "verification_samples": sum(v.samples_seen for v in verifications),
+        TEST: _mean([v.test_accuracy for v in verifications]),
     }
+
+
+def _mean(values: Sequence[float]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return float(np.mean(finite)) if finite else NAN
 
 
 def _direction(higher_is_better: bool | None) -> Direction:
