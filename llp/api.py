@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,8 +24,15 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from llp.cluster.ray_tune import Resources, hostname, ray_session, run_jobs
-from llp.driver import ListedSource, PhasedSource, ProbeSource, Study, derived_seed
-from llp.errors import NoTrialSucceeded, SpecError, unknown
+from llp.driver import (
+    ListedSource,
+    PhasedSource,
+    ProbeSource,
+    Study,
+    derived_seed,
+    measure_jobs,
+)
+from llp.errors import NoTrialSucceeded, SpecError, StudyError, unknown
 from llp.flatness.profile import CallableFlatnessObjective
 from llp.flatness.refinements import averaged
 from llp.optim.sam import SharpnessAware
@@ -40,11 +49,11 @@ from llp.records import (
     Trial,
     TrialResult,
 )
-from llp.scoring.choose import choose_for_measurement
-from llp.scoring.score import score
+from llp.scoring.choose import choose_for_measurement, choose_for_verification
+from llp.scoring.score import Scores, score
 from llp.scoring.table import study_table
 from llp.spec.schema import Tier2Spec, TrainingSpec
-from llp.tracking.ledger import Ledger, check_same_spec
+from llp.tracking.ledger import Ledger, study_header
 from llp.training import checkpoint, jobs, loop
 from llp.training.python_objective import CallableObjective, Config, Examples
 
@@ -132,12 +141,12 @@ class TwoTierProbing:
         self.tier2 = tier2 or Tier2Spec(refinements=[])
         self.device = device or ("cuda" if gpus_per_trial > 0 else "cpu")
         self.resources = Resources(cpus_per_trial, gpus_per_trial)
+        training = TrainingSpec(batch_size=batch_size, schedule=schedule, epochs=max_epochs)
         self._identity = {
             "configs": self.configs,
-            "max_epochs": max_epochs,
             "seed": seed,
-            "batch_size": batch_size,
-            "schedule": schedule,
+            "training": training.model_dump(mode="json"),
+            "tier2": self.tier2.model_dump(mode="json"),
         }
         digest = hashlib.sha256(json.dumps(self._identity, sort_keys=True).encode()).hexdigest()
         self.study_id = study_id or f"probing-{digest[:8]}"
@@ -148,13 +157,14 @@ class TwoTierProbing:
             criterion,
             optimizer_fn,
             self.folder.resolve(),
-            training=TrainingSpec(batch_size=batch_size, schedule=schedule, epochs=max_epochs),
+            training=training,
             seed=seed,
             device=self.device,
             threads=max(1, int(cpus_per_trial)),
         )
         self.results: tuple[TrialResult, ...] = ()
         self.profiles: tuple[FlatnessProfile, ...] = ()
+        self._ladder: tuple[Rung, ...] = ()
 
     def run_successive_halving(
         self,
@@ -168,9 +178,12 @@ class TwoTierProbing:
     ) -> tuple[TrialResult, ...]:
         """Probes all configurations, promotes the best, and measures the survivors.
 
+        A study that was interrupted is gone on with; of a finished one the results are only read.
+
         Args:
-            min_resource: Data fraction, or epochs, of the lowest rung.
-            max_resource: Of the highest; each rung has `reduction_factor` times more.
+            min_resource: The least data fraction, or epochs, that the lowest rung may have.
+            max_resource: Of the highest rung. Each rung below has a `reduction_factor`-th of it, as
+                far down as `min_resource` allows: 0.1 to 1 by 3 gives 0.11, 0.33 and 1.
             reduction_factor: One configuration in this many goes up a rung.
             measure_flatness: Measure the loss landscape of the best `tier2.top_k`.
             resource: What grows from rung to rung. Data fractions keep `max_epochs` epochs.
@@ -182,12 +195,19 @@ class TwoTierProbing:
 
         Raises:
             SpecError: Resources out of range or order.
+            StudyError: The study folder holds other options, or another process drives it.
             NoTrialSucceeded: Every configuration failed or diverged.
         """
         rungs = self._rungs(min_resource, max_resource, reduction_factor, resource)
-        header = {**self._identity, "rungs": [str(rung) for rung in rungs]}
+        header = {
+            **self._identity,
+            "rungs": [str(rung) for rung in rungs],
+            "reduction_factor": reduction_factor,
+        }
         with self._study(header, rungs) as ledger:
             study = Study(ledger)
+            if _is_done(study, measure_flatness):
+                return self._take(study)
             study.record("opened", host=hostname(), pid=os.getpid(), environment={})
             if progress_callback is not None:
                 study.listen(_Progress(progress_callback, resource))
@@ -203,13 +223,33 @@ class TwoTierProbing:
                     resources=self.resources,
                     folder=self.folder / "ray",
                 )
-            result = study.result()
+            results = self._take(study)
+            usable = choose_for_verification(self._scores("generalization_score"), 1)
+            if not usable or not any(trial.checkpoint for trial in results):
+                failures = [trial.failure for trial in results if trial.failure]
+                why = failures[-1].strip().splitlines()[-1] if failures else "all diverged"
+                reason = f"no configuration produced a usable result: {why}"
+                study.record("failed", reason=reason)
+                raise NoTrialSucceeded(reason)
+            self._finish(study, usable[0])
+        return results
+
+    def _take(self, study: Study) -> tuple[TrialResult, ...]:
+        result = study.result()
         self.results, self.profiles = result.trials, result.profiles
-        if not any(trial.checkpoint for trial in self.results):
-            failures = [trial.failure for trial in self.results if trial.failure]
-            why = failures[-1].strip().splitlines()[-1] if failures else "all diverged"
-            raise NoTrialSucceeded(f"no configuration produced a usable result: {why}")
+        self._ladder = result.rungs
         return self.results
+
+    def _finish(self, study: Study, winner: str) -> None:
+        what = "generalization score" if self.profiles else "validation accuracy"
+        study.record(
+            "finished",
+            winner=winner,
+            winner_reason=f"{winner} has the best {what} of {len(self.results)} configurations; "
+            "all were only probed, none was verified by full training",
+            report=None,
+        )
+        shutil.rmtree(self.folder / "ray", ignore_errors=True)  # Tune's own files
 
     def select_best_configs(
         self, n: int = 1, criterion: Criterion = "generalization_score"
@@ -218,8 +258,10 @@ class TwoTierProbing:
 
         Args:
             n: How many.
-            criterion: `val_metric` (validation accuracy), `sharpness` (of the measured ones, lowest
-                first) or `generalization_score` (accuracy minus alpha times sharpness).
+            criterion: `val_metric` (validation accuracy), `sharpness` (`noise_sharpness` of the
+                measured ones, lowest first, those whose measurement failed last) or
+                `generalization_score` (accuracy minus alpha times sharpness; the accuracy alone
+                when nothing was measured).
 
         Raises:
             SpecError: Unknown criterion, nothing was probed yet, or sharpness was not measured.
@@ -231,20 +273,35 @@ class TwoTierProbing:
         by_id = {trial.trial.trial_id: dict(trial.trial.hyperparameters) for trial in self.results}
         if criterion == "sharpness":
             measured = sorted(
-                (profile[SHARPNESS].value, profile.trial_id) for profile in self._measured()
+                (math.isnan(value), value if math.isfinite(value) else math.inf, trial_id)
+                for trial_id, value in self._measured().items()
             )
-            return [by_id[trial_id] for _, trial_id in measured[:n]]
-        preset = "validation" if criterion == "val_metric" or not self.profiles else "llp"
-        table = study_table(self.results, self.profiles)
-        scores = score(table, preset=preset, alpha=self.alpha, seed=self.seed)
-        return [by_id[str(trial_id)] for trial_id in scores.ranking[:n]]
+            return [by_id[trial_id] for _, _, trial_id in measured[:n]]
+        return [by_id[str(trial_id)] for trial_id in self._scores(criterion).ranking[:n]]
 
-    def _measured(self) -> list[FlatnessProfile]:
+    def _scores(self, criterion: Criterion) -> Scores:
+        preset = "validation" if criterion == "val_metric" or not self.profiles else "llp"
+        table = study_table(self.results, self.profiles, rungs=self._ladder)
+        return score(table, preset=preset, alpha=self.alpha, seed=self.seed)
+
+    def _measured(self) -> dict[str, float]:
+        """Trial id -> sharpness."""
         if not self.profiles:
             raise SpecError(
                 "sharpness was not measured; use run_successive_halving(measure_flatness=True)"
             )
-        return list(self.profiles)
+        found = {
+            profile.trial_id: measurement.value
+            for profile in self.profiles
+            for measurement in profile.measurements
+            if measurement.name == SHARPNESS
+        }
+        if not found:
+            raise SpecError(
+                f"sharpness was not measured: tier2.metrics lists {self.tier2.metrics} and not "
+                f"'{SHARPNESS}'"
+            )
+        return found
 
     def train(
         self, config: Mapping[str, HyperparameterValue], epochs: int | None = None
@@ -300,11 +357,12 @@ class TwoTierProbing:
                 f"resources must satisfy 0 < min_resource ({low:g}) <= max_resource ({high:g})"
                 + (" <= 1, a fraction of the data" if resource == "data_fraction" else "")
             )
-        levels = [low]
-        while levels[-1] * factor < high * (1 - 1e-9):
-            levels.append(levels[-1] * factor)
-        if levels[-1] < high:
-            levels.append(high)
+        if factor < 2:
+            raise SpecError(f"reduction_factor must be a whole number of at least 2, not {factor}")
+        least = low if resource == "data_fraction" else max(low, 1)
+        levels = [high]
+        while levels[0] / factor >= least * (1 - 1e-9):
+            levels.insert(0, levels[0] / factor)
         num_train = self._objective.num_train_examples()
         if resource == "epochs":
             return ladder([1.0] * len(levels), [max(1, round(n)) for n in levels], num_train)
@@ -313,7 +371,12 @@ class TwoTierProbing:
     def _study(self, header: dict[str, Any], rungs: Sequence[Rung]) -> Ledger:
         digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
         if (self.folder / "ledger.jsonl").exists():
-            check_same_spec(self.folder, digest)
+            if study_header(self.folder).get("spec_digest") != digest:
+                raise StudyError(
+                    f"the study {self.study_id} in {self.folder.parent} was started with other "
+                    "configurations, resources or options; repeat those, or give this one another "
+                    "study_id"
+                )
             return Ledger.open(self.folder)
         return Ledger.create(
             self.folder,
@@ -324,6 +387,8 @@ class TwoTierProbing:
             llp_version="",
             rungs=list(rungs),
             num_train=self._objective.num_train_examples(),
+            num_trials=len(self.configs),
+            kind="python",  # nothing to resume it from but another call
         )
 
     def _probes(self, study: Study, rungs: Sequence[Rung], factor: int) -> ProbeSource:
@@ -337,24 +402,8 @@ class TwoTierProbing:
 
     def _measurements(self, study: Study) -> ListedSource:
         result = study.result()
-        by_id = {trial.trial.trial_id: trial for trial in result.trials}
-        listed = []
-        for trial_id in choose_for_measurement(result.trials, self.tier2.top_k):
-            trial = by_id[trial_id]
-            rung = max(
-                r for (t, r), e in study.state.ends.items() if t == trial_id and e.checkpoint
-            )
-            listed.append(
-                Job(
-                    f"{trial_id}-m",
-                    "measure",
-                    trial.trial,
-                    result.rungs[rung - 1],
-                    trial.trial.seed,
-                    start_from=study.state.ends[trial_id, rung].checkpoint,
-                )
-            )
-        return ListedSource(study, listed)
+        chosen = choose_for_measurement(result.trials, self.tier2.top_k, rungs=result.rungs)
+        return ListedSource(study, measure_jobs(study, chosen))
 
     def _train(
         self, config: Config, how: str, objective: Objective, epochs: int | None
@@ -367,8 +416,10 @@ class TwoTierProbing:
         job = Job(f"{how}-{digest}-e{num_epochs}", "probe", Trial("t000", config, seed), rung, seed)
         source = _Single(job)
         self.folder.mkdir(parents=True, exist_ok=True)
+        scratch = self.folder / f"ray-{job.job_id}"
         with ray_session():
-            run_jobs(source, objective, resources=self.resources, folder=self.folder / "ray")
+            run_jobs(source, objective, resources=self.resources, folder=scratch)
+        shutil.rmtree(scratch, ignore_errors=True)
         end = source.end
         if end is None or end.checkpoint is None:
             raise NoTrialSucceeded(
@@ -392,6 +443,16 @@ class TwoTierProbing:
             num_correct=self._objective.num_correct,
         )
         return Trained(config, model.eval(), found.accuracy, found.loss, reference)
+
+
+def _is_done(study: Study, measure_flatness: bool) -> bool:
+    """Whether the study is finished and lacks nothing that is asked for now."""
+    if study.result().status != "finished":
+        return False
+    return not measure_flatness or any(
+        event["event"] == "phase" and (event["name"], event["status"]) == ("tier2", "end")
+        for event in study.history
+    )
 
 
 class _Given:

@@ -421,6 +421,26 @@ class PhasedSource:
         self._current.on_end(job, end)
 
 
+def measure_jobs(study: Study, chosen: Iterable[str]) -> list[Job]:
+    """One `measure` job for each trial of `chosen`, at its checkpoint of the highest rung."""
+    rungs = {rung.rung: rung for rung in study.result().rungs}
+    jobs = []
+    for trial_id in chosen:
+        trial = study.state.trials[trial_id]
+        number = max(r for (t, r), e in study.state.ends.items() if t == trial_id and e.checkpoint)
+        jobs.append(
+            Job(
+                job_id=f"{trial_id}-m",
+                kind="measure",
+                trial=trial,
+                rung=rungs[number],
+                seed=trial.seed,
+                start_from=study.state.ends[trial_id, number].checkpoint,
+            )
+        )
+    return jobs
+
+
 def record_point(study: Study, job: Job, point: CurvePoint) -> None:
     """Writes a `point` event, unless a resumed job repeats what the ledger has."""
     known = study.state.points.get(job.job_id, {}).get(point.epoch)

@@ -22,9 +22,19 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from llp import registry
 from llp.cluster.ray_tune import Resources, ray_session, run_jobs
-from llp.driver import ListedSource, OnEvent, PhasedSource, ProbeSource, Study, derived_seed
+from llp.driver import (
+    ListedSource,
+    OnEvent,
+    PhasedSource,
+    ProbeSource,
+    Study,
+    derived_seed,
+    measure_jobs,
+)
 from llp.errors import EnvironmentProblem, LlpError, NoTrialSucceeded, SpecError, StudyError
 from llp.flatness.metrics import estimated_samples
 from llp.flatness.profile import FlatnessObjective
@@ -46,6 +56,7 @@ from llp.training.check import check_batch
 from llp.training.objective import TrainingObjective
 from llp.workloads import ImageData
 from llp.workloads import load as load_data
+from llp.workloads.subsets import nested_order
 
 MLFLOW_SECONDS = 60.0
 """How long the end of a search waits for MLflow to have everything."""
@@ -106,12 +117,17 @@ def plan(spec: Spec, data: ImageData | None = None) -> Plan:
     """What `search(spec)` will do; loads the dataset, starts nothing.
 
     Raises:
-        SpecError: A rung has fewer images than classes, or the spec contradicts the data.
+        SpecError: A rung has no image of some class, or the spec contradicts the data.
         DataError: The dataset cannot be read.
     """
     data = data or load_data(spec.dataset, spec.seed)
-    check_ladder(spec, len(data.train), data.num_classes)
     rungs = tuple(ladder(spec.tier1.data_fractions, spec.rung_epochs(), len(data.train)))
+    order = nested_order(data.train.labels, seed=spec.seed)
+    counts = [
+        np.bincount(data.train.labels[order[: rung.num_examples]], minlength=data.num_classes)
+        for rung in rungs
+    ]
+    check_ladder(spec, len(data.train), data.num_classes, counts)
     scheduler = make_scheduler(spec)
     make_stop_rules(spec)
     jobs: dict[int, int] = {}
@@ -238,6 +254,11 @@ def resume(
     folder = find_study(study, root)
     with Ledger.open(folder) as ledger:
         header = ledger.events()[0]
+        if header.get("kind") == "python":
+            raise StudyError(
+                f"the study {header['study_id']} was started from Python; "
+                "call run_successive_halving again with the same arguments"
+            )
         spec = Spec.model_validate(header["spec"])
         if not (folder / "spec.yaml").exists():
             write_atomic(folder / "spec.yaml", to_yaml(spec))
@@ -327,24 +348,7 @@ def measurements(spec: Spec, study: Study) -> ListedSource:
     """Tier 2: the landscape around the survivors' checkpoints."""
     result = study.result()
     chosen = choose_for_measurement(result.trials, spec.tier2.top_k, rungs=result.rungs)
-    by_id = {trial.trial.trial_id: trial for trial in result.trials}
-    jobs = []
-    for trial_id in chosen:
-        trial = by_id[trial_id]
-        rung = max(
-            r for (t, r), end in study.state.ends.items() if t == trial_id and end.checkpoint
-        )
-        jobs.append(
-            Job(
-                job_id=f"{trial_id}-m",
-                kind="measure",
-                trial=trial.trial,
-                rung=result.rungs[rung - 1],
-                seed=trial.trial.seed,
-                start_from=study.state.ends[trial_id, rung].checkpoint,
-            )
-        )
-    return ListedSource(study, jobs, max_failures=spec.tier1.max_failures)
+    return ListedSource(study, measure_jobs(study, chosen), max_failures=spec.tier1.max_failures)
 
 
 def verifications(spec: Spec, study: Study) -> ListedSource:

@@ -82,6 +82,7 @@ def street(place, monkeypatch):
         num_classes=10,
         jobs_per_rung={1: 12, 2: 4, 3: 1},
         samples_tier1=24480,
+        samples_tier2=0,
         samples_verification=38400,
         samples_full_search=115200,
     )

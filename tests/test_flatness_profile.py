@@ -218,6 +218,56 @@ def test_metric_that_raises_or_is_not_finite_becomes_a_note_and_costs_no_other(
     )
 
 
+@pytest.mark.parametrize("where", ["file", "functions"])
+def test_out_of_memory_is_tried_again_with_smaller_batches_and_only_then_becomes_a_note(
+    where: str, images: Any, study: tuple[Path, Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, job = study
+    objective: Objective = FlatnessObjective(spec(refinements=[]), images, folder)
+    if where == "functions":
+        split = tuple(
+            torch.as_tensor(np.array(part)) for part in (images.train.images, images.train.labels)
+        )
+        training = CallableObjective(
+            lambda config: network(images),
+            lambda: ((split[0].float() / 255, split[1]),) * 2,
+            functional.cross_entropy,
+            lambda model, config: torch.optim.SGD(model.parameters(), lr=0.1),
+            folder,
+            device="cpu",
+        )
+        objective = CallableFlatnessObjective(training, spec(refinements=[]).tier2)
+    sizes: list[list[int]] = []
+
+    def greedy(context: MetricContext) -> Any:
+        sizes.append([len(labels) for _, labels in context.batches])
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr("llp.flatness.metrics.hessian_trace", greedy)
+    profile, end = run(objective, job)
+    assert (profile, end.outcome) == (None, "out_of_memory")
+    assert "Tried to allocate" in end.failure
+    assert end.samples_seen > 0, "what was measured before it was spent"
+    again, end = run(objective, dataclasses.replace(job, attempt=1, micro_batch_divisor=4))
+    assert end.outcome == "completed"
+    assert again is not None
+    assert sizes == [[40, 40, 20], [10] * 10]
+    assert math.isnan(again["hessian_trace"].value)
+    assert "failed: OutOfMemoryError: CUDA out of memory" in again["hessian_trace"].note
+    assert math.isfinite(again["sam_sharpness"].value)
+
+
+def test_smaller_batches_measure_the_same(images: Any, study: tuple[Path, Job]) -> None:
+    folder, job = study
+    objective = FlatnessObjective(spec(refinements=[]), images, folder)
+    whole, _ = run(objective, job)
+    parts, _ = run(objective, dataclasses.replace(job, micro_batch_divisor=64))
+    assert whole is not None
+    assert parts is not None
+    for measurement in whole.measurements:
+        assert parts[measurement.name].value == pytest.approx(measurement.value, rel=1e-3)
+
+
 def test_unknown_metric_is_refused_before_anything_is_measured(images: Any) -> None:
     with pytest.raises(SpecError, match="did you mean 'sam_sharpness'"):
         measure(plain_context(network(images), images), ["sam_sharpnes"], trial_id="t")

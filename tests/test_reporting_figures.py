@@ -31,8 +31,9 @@ from llp.records import (
     TrialResult,
     Verification,
 )
-from llp.reporting import study
+from llp.reporting import formats, study
 from llp.reporting.figures import cost, flatness, importance, ladder, ranks, scores, space
+from llp.reporting.html import study_page
 
 RUNGS = (Rung(1, 0.1, 100, 2), Rung(2, 1.0, 1000, 2))
 SPACE = {
@@ -423,7 +424,7 @@ def test_a_perfect_test_accuracy_is_not_certain(result: SearchResult) -> None:
             for v in result.verifications
         ),
     )
-    page = render_html(chosen).replace(formats.NBSP, " ")
+    page = study_page(chosen).replace(formats.NBSP, " ")
     assert "50 images alone leave 92.9 % to 100.0 % open" in page
 
 

@@ -10,14 +10,18 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from llp.errors import Problem, SpecError
 from llp.spec import RandomSearch, check_ladder, load_spec, render
+from llp.spec.schema import Spec
 from llp.spec.source import parse
+from llp.workloads.subsets import nested_order
 
 GOOD = """\
 version: 1
@@ -389,6 +393,32 @@ def test_fraction_smaller_than_one_image_per_class_gives_the_numbers(here: Path)
         "use 0.0082 or more"
     )
     check_ladder(load_spec("exp.yaml", ["tier1.data_fractions.0=0.0082"]), 1222, 10)
+
+
+def test_a_rung_without_a_rare_class_is_refused_with_a_fraction_that_has_it(here: Path) -> None:
+    labels = np.repeat([0, 1, 2], [900, 95, 5])
+
+    def counts(spec: Spec) -> list[Any]:
+        order = nested_order(labels, seed=spec.seed)
+        sizes = [round(fraction * 1000) for fraction in spec.tier1.data_fractions]
+        return [np.bincount(labels[order[:size]], minlength=3) for size in sizes]
+
+    Path("exp.yaml").write_text(GOOD.replace("[0.1, 0.3, 1.0]", "[0.01, 0.02, 1.0]"))
+    spec = load_spec("exp.yaml")
+    check_ladder(spec, 1000, 3)
+    with pytest.raises(SpecError) as caught:
+        check_ladder(spec, 1000, 3, counts(spec))
+    first, second = caught.value.problems
+    assert (first.path, first.line) == ("tier1.data_fractions.0", 20)
+    assert second.path == "tier1.data_fractions.1"
+    assert first.message == (
+        "a fraction of 0.01 is 10 of 1,000 training images and none of class 2, of which the "
+        "highest rung has 5; use 0.2 or more"
+    )
+    good = load_spec("exp.yaml", ["tier1.data_fractions=[0.2, 0.5, 1.0]"])
+    check_ladder(good, 1000, 3, counts(good))
+    with pytest.raises(SpecError, match=r"none of class 1, .* has 0; the data need more of"):
+        check_ladder(good, 1000, 2, [[200, 0], [500, 0], [1000, 0]])
 
 
 def test_importing_a_users_module_that_breaks_is_a_message(

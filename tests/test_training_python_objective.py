@@ -94,6 +94,7 @@ def test_a_probe_and_a_verification_run_to_their_ends(tmp_path: Path) -> None:
         lambda: (Listed(61, 0), Listed(20, 1)),
         lambda: (TensorDataset(*pair(61, 0)), TensorDataset(*pair(20, 1))),
         lambda: [tuple(t.numpy() for t in pair(61, 0)), tuple(t.numpy() for t in pair(20, 1))],
+        lambda: [list(pair(61, 0)), [t.numpy() for t in pair(20, 1)]],
     ],
 )
 def test_every_form_of_dataset_gives_the_same_bits(tmp_path: Path, form: Any) -> None:
@@ -139,6 +140,17 @@ def test_the_dataset_is_made_once(tmp_path: Path) -> None:
     for index in range(3):
         drive(work, make_job(job_id=f"j{index}"))
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_a_pair_counts_its_examples_whether_it_is_a_tuple_or_a_list(
+    tmp_path: Path, kind: Any
+) -> None:
+    work = make(tmp_path, dataset_fn=lambda: (kind(pair(61, 0)), kind(pair(20, 1))))
+    assert work.num_train_examples() == 61
+    assert len(work._order()) == 61
+    batches = ExampleBatches(kind(pair(9, 0)), batch_size=4, device=torch.device("cpu"))
+    assert batches.num_examples == 9
 
 
 def test_subsets_are_nested_and_balanced(tmp_path: Path) -> None:
@@ -195,6 +207,7 @@ def test_without_a_test_split_a_verification_says_so(tmp_path: Path) -> None:
     [
         (lambda: (pair(5, 0),), "must return (train, validation)"),
         (lambda: ((pair(5, 0)[0], pair(4, 0)[1]), pair(5, 0)), "of one length"),
+        (lambda: ([*pair(5, 0), *pair(5, 0)], pair(5, 0)), "of one length"),
     ],
 )
 def test_data_of_the_wrong_shape_is_named(tmp_path: Path, data: Any, words: str) -> None:

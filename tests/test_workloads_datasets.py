@@ -291,6 +291,34 @@ def test_a_missing_file_of_a_loader_from_outside_is_a_data_error(user):
         load(spec("my_package_for_data:load"), seed=0)
 
 
+def raising(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        (lambda: raising(KeyError("labels")), "my_package_for_data:load: KeyError: 'labels'"),
+        (lambda: raising(ZeroDivisionError()), "my_package_for_data:load: ZeroDivisionError"),
+        (lambda: 1 / 0, r"ZeroDivisionError: division by zero \(line \d+ of .*datasets.py\)"),
+        (lambda needed: None, "TypeError: .*missing 1 required positional argument: 'needed'"),
+        (lambda: ([[1], [1, 2]], [0, 1], [], []), "my_package_for_data:load: ValueError: "),
+        (lambda: RawImages(*arrays(), *arrays(), class_names=None), "load: TypeError: 'NoneType'"),
+    ],
+)
+def test_whatever_a_loader_from_outside_raises_is_a_data_error_that_names_it(user, loader, message):
+    user.load = loader
+    with pytest.raises(DataError, match=message) as caught:
+        load(spec("my_package_for_data:load"), seed=0)
+    assert caught.value.__cause__ is not None
+
+
+def test_an_error_of_ours_raised_by_a_loader_from_outside_stays_as_it_is(user):
+    user.load = lambda: raising(SpecError("mine"))
+    with pytest.raises(SpecError, match=r"^mine$"):
+        load(spec("my_package_for_data:load"), seed=0)
+
+
 def test_digits_have_seventeen_levels_spread_over_the_whole_range():
     levels = np.unique(digits().train_images)
     assert levels[0] == 0

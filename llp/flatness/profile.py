@@ -1,7 +1,8 @@
 """The `measure` job: a checkpoint in, one `FlatnessProfile` out.
 
 A metric that fails, or whose number is not finite, becomes a `Measurement` of NaN with a note; it
-never costs the other metrics. Measured is the plain validation-style loss in eval mode, in true
+never costs the other metrics, except that running out of memory is first tried again with smaller
+batches. Measured is the plain validation-style loss in eval mode, in true
 float32, on the first `tier2.num_examples` training examples of the nested order (fewer when the
 rung had fewer), unaugmented.
 
@@ -12,6 +13,7 @@ gradient equivalents times the examples measured on (`context.Spent`).
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 import time
 import traceback
@@ -40,12 +42,25 @@ from llp.workloads.subsets import nested_order
 
 
 def measure(
-    context: MetricContext, metrics: Sequence[str], *, trial_id: str, device: str = "cpu"
+    context: MetricContext,
+    metrics: Sequence[str],
+    *,
+    trial_id: str,
+    device: str = "cpu",
+    memory_must_do: bool = False,
 ) -> FlatnessProfile:
     """Every metric of `metrics` (rows of `registry.METRICS`) on the network in `context`.
 
+    Args:
+        context: What is measured, and where its cost is added up.
+        metrics: In the order in which they run.
+        trial_id: Whose profile it is.
+        device: Name of the hardware, for the profile.
+        memory_must_do: Whether running out of memory ends it all instead of costing one metric.
+
     Raises:
         SpecError: A name is not in the table; nothing is measured then.
+        Exception: Memory ran out and `memory_must_do`, as the library at fault raised it.
     """
     started = time.perf_counter()
     functions = {name: registry.load("metrics", name) for name in metrics}
@@ -55,7 +70,9 @@ def measure(
         try:
             with evaluation_state(context.model):
                 found = [_checked(measurement) for measurement in function(context)]
-        except Exception as error:  # noqa: BLE001  one metric must not cost the others
+        except Exception as error:  # one metric must not cost the others
+            if memory_must_do and jobs.is_out_of_memory(error):
+                raise
             found = _failed(context, name, error, time.perf_counter() - begun)
         measurements += found
     return FlatnessProfile(
@@ -81,7 +98,7 @@ class MeasuringObjective(ABC):
         self.seed = seed
 
     @abstractmethod
-    def fixed(self, count: int, device: torch.device) -> list[tuple[Any, Any]]:
+    def fixed(self, count: int, batch_size: int, device: torch.device) -> list[tuple[Any, Any]]:
         """The first `count` training examples of the nested order, unaugmented, in batches."""
 
     @property
@@ -91,6 +108,10 @@ class MeasuringObjective(ABC):
 
     def __call__(self, job: Job) -> Generator[Report, None, JobEnd]:
         """Yields one `FlatnessProfile` and returns the end; a checkpoint that cannot be read fails.
+
+        When memory runs out at the full batch size, that is how the job ends, without a profile:
+        it is worth another attempt with `job.micro_batch_divisor` times smaller batches. There, it
+        costs only the metric that it happens to.
 
         Raises:
             EnvironmentProblem: A GPU was asked for and there is none.
@@ -113,7 +134,8 @@ class MeasuringObjective(ABC):
         randomness = rng.capture(device)
         profile: FlatnessProfile | None = None
         outcome: Outcome = "completed"
-        failure, samples_seen = "", 0
+        failure = ""
+        context: MetricContext | None = None
         try:
             rng.seed_all(job.seed, device)
             context = self._context(job, device)
@@ -122,13 +144,19 @@ class MeasuringObjective(ABC):
                 [*self.options.metrics, *self.options.refinements],
                 trial_id=job.trial.trial_id,
                 device=jobs.device_name(device),
+                memory_must_do=job.micro_batch_divisor == 1,
             )
-            samples_seen = context.spent.samples_seen(context.num_examples)
         except Exception as error:  # noqa: BLE001  whatever goes wrong is this job's outcome
             outcome = "out_of_memory" if jobs.is_out_of_memory(error) else "failed"
             failure = "".join(traceback.format_exception(error))
         finally:
             rng.restore(randomness, device)
+        samples_seen = context.spent.samples_seen(context.num_examples) if context else 0
+        if outcome == "out_of_memory":
+            context = None  # or the next attempt would find the memory still taken
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
         if profile is not None:
             yield profile
         return JobEnd(
@@ -152,9 +180,11 @@ class MeasuringObjective(ABC):
             return self.training.prepare(probe, device)
 
         setup = fresh()
+        batch_size = max(1, self.options.batch_size // job.micro_batch_divisor)
+        count = min(self.options.num_examples, setup.rung.num_examples)
         return MetricContext(
             model=setup.model.float(),
-            batches=self.fixed(min(self.options.num_examples, setup.rung.num_examples), device),
+            batches=self.fixed(count, batch_size, device),
             options=self.options,
             seed=self.seed,
             fresh=fresh,
@@ -186,13 +216,13 @@ class FlatnessObjective(MeasuringObjective):
         super().__init__(training, training.spec.tier2, seed=training.spec.seed)
         self.data = training.data
 
-    def fixed(self, count: int, device: torch.device) -> list[tuple[Any, Any]]:
+    def fixed(self, count: int, batch_size: int, device: torch.device) -> list[tuple[Any, Any]]:
         """See `MeasuringObjective.fixed`."""
         order = nested_order(self.data.train.labels, seed=self.seed)
         return fixed_batches(
             self.data.train,
             order[:count],
-            self.options.batch_size,
+            batch_size,
             mean=self.data.mean,
             std=self.data.std,
             device=device,
@@ -211,12 +241,10 @@ class CallableFlatnessObjective(MeasuringObjective):
         """The user's criterion."""
         return self._callable.criterion
 
-    def fixed(self, count: int, device: torch.device) -> list[tuple[Any, Any]]:
+    def fixed(self, count: int, batch_size: int, device: torch.device) -> list[tuple[Any, Any]]:
         """See `MeasuringObjective.fixed`."""
         train, order = self._callable._splits()[0], self._callable._order()
-        batches = ExampleBatches(
-            train, order[:count], batch_size=self.options.batch_size, device=device
-        )
+        batches = ExampleBatches(train, order[:count], batch_size=batch_size, device=device)
         return list(batches.epoch(0))
 
 

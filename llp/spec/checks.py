@@ -8,7 +8,8 @@ there and what options it takes.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from llp import registry
@@ -68,19 +69,27 @@ def problems(spec: Spec, places: Locator, *, damaged: Iterable[str] = ()) -> lis
     return [places.problem(as_parts(path), message) for path, message in found]
 
 
-def check_ladder(spec: Spec, num_train: int, num_classes: int) -> None:
-    """Makes sure that the lowest rung holds at least one image of each class.
+def check_ladder(
+    spec: Spec,
+    num_train: int,
+    num_classes: int,
+    counts: Sequence[Iterable[int]] | None = None,
+) -> None:
+    """Makes sure that every rung holds at least one image of each class.
 
     Args:
         spec: The spec.
         num_train: Training images, validation excluded.
         num_classes: Number of classes.
+        counts: Images of each class in the subset of each rung, lowest first, `num_classes` to a
+            rung; without them only the size of the lowest rung is looked at.
 
     Raises:
-        SpecError: At `tier1.data_fractions.0`, with the numbers and the smallest fraction.
+        SpecError: At `tier1.data_fractions`, with the numbers and the smallest fraction.
     """
     fraction = spec.tier1.data_fractions[0]
     if round(fraction * num_train) >= num_classes:
+        _check_counts(spec, num_train, [[int(n) for n in rung] for rung in counts or ()])
         return
     least = -(-10_000 * num_classes // num_train) / 10_000
     message = (
@@ -89,6 +98,27 @@ def check_ladder(spec: Spec, num_train: int, num_classes: int) -> None:
     )
     message += f"use {least:g} or more" if least <= 1 else "the dataset itself is too small"
     raise SpecError([spec.problem("tier1.data_fractions.0", message)])
+
+
+def _check_counts(spec: Spec, num_train: int, counts: Sequence[Sequence[int]]) -> None:
+    """Refuses rungs without an image of some class, as happens to rare classes."""
+    found = []
+    for k, (fraction, rung) in enumerate(zip(spec.tier1.data_fractions, counts, strict=False)):
+        if min(rung) > 0:
+            continue
+        highest = counts[-1]
+        missing = min((c for c, n in enumerate(rung) if n == 0), key=lambda c: highest[c])
+        whole, total = highest[missing], sum(highest)
+        # n images in proportion to the classes hold one of each where n times every share is 1.
+        least = math.ceil(10_000 * total / (whole * num_train)) / 10_000 if whole else math.inf
+        message = (
+            f"a fraction of {fraction:g} is {sum(rung):,} of {num_train:,} training images and "
+            f"none of class {missing}, of which the highest rung has {whole}; "
+        )
+        message += f"use {least:g} or more" if least <= 1 else "the data need more of that class"
+        found.append(spec.problem(f"tier1.data_fractions.{k}", message))
+    if found:
+        raise SpecError(found)
 
 
 def _names(spec: Spec) -> Iterator[Finding]:

@@ -28,8 +28,8 @@ from llp.training.objective import (
 from llp.workloads.subsets import nested_order
 
 Config: TypeAlias = dict[str, HyperparameterValue]
-Examples: TypeAlias = "Dataset[Any] | tuple[Any, Any]"
-"""A map-style dataset of (input, target) pairs, or the two as arrays or tensors."""
+Examples: TypeAlias = "Dataset[Any] | tuple[Any, Any] | list[Any]"
+"""A map-style dataset of (input, target) pairs, or a pair (tuple or list) of arrays or tensors."""
 
 
 class CallableObjective(JobObjective):
@@ -218,18 +218,25 @@ class ExampleBatches:
 
 
 def _count(examples: Examples) -> int:
-    return len(examples[0] if isinstance(examples, tuple) else examples)  # type: ignore[arg-type]
+    pair = _pair(examples)
+    return len(examples if pair is None else pair[0])  # type: ignore[arg-type]
+
+
+def _pair(examples: Examples) -> tuple[Any, Any] | None:
+    """Inputs and targets where they are there as a whole: a pair, or a plain `TensorDataset`."""
+    parts: Any = examples
+    if isinstance(examples, torch.utils.data.TensorDataset):
+        parts = examples.tensors
+    if not isinstance(parts, tuple | list):
+        return None
+    if len(parts) != 2 or len(parts[0]) != len(parts[1]):
+        raise ValueError("a split must be (inputs, targets) of one length")
+    return parts[0], parts[1]
 
 
 def _tensors(examples: Examples) -> tuple[Tensor, Tensor] | None:
-    """Inputs and targets where they are tensors already: a pair, or a plain `TensorDataset`."""
-    if isinstance(examples, torch.utils.data.TensorDataset):
-        examples = examples.tensors  # type: ignore[assignment]
-    if not isinstance(examples, tuple | list):
-        return None
-    if len(examples) != 2 or len(examples[0]) != len(examples[1]):
-        raise ValueError("a split must be (inputs, targets) of one length")
-    return torch.as_tensor(examples[0]), torch.as_tensor(examples[1])
+    pair = _pair(examples)
+    return None if pair is None else (torch.as_tensor(pair[0]), torch.as_tensor(pair[1]))
 
 
 def _class_labels(examples: Examples) -> Any:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
+from traceback import extract_tb
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llp import registry
-from llp.errors import DataError, SpecError, unknown
+from llp.errors import DataError, LlpError, SpecError, unknown
 from llp.workloads.folder import image_folder
 from llp.workloads.images import (
     FileImages,
@@ -68,7 +69,7 @@ def load(spec: DatasetSpec, seed: int) -> ImageData:
 
     Raises:
         SpecError: Unknown dataset or option, or fewer images than classes are asked for.
-        DataError: Files are missing, damaged or inconsistent.
+        DataError: Files are missing, damaged or inconsistent, or a loader from outside fails.
     """
     raw = _raw(spec)
     train = _checked(raw.train_images, raw.train_labels, f"{spec.name}: training set")
@@ -132,6 +133,38 @@ def digits(*, root: str | Path | None = None, download: bool = False) -> RawImag
 def _raw(spec: DatasetSpec) -> RawImages:
     """What the loader returns, called with the arguments it accepts."""
     loader = registry.load("datasets", spec.name)
+    if spec.name not in registry.DATASETS:
+        return _from_outside(loader, spec)
+    return _called(loader, spec)
+
+
+def _from_outside(loader: Any, spec: DatasetSpec) -> RawImages:
+    """`_called`, where whatever goes wrong in code from outside is told as a `DataError`."""
+    try:
+        raw = _called(loader, spec)
+        return RawImages(
+            _array(raw.train_images),
+            _array(raw.train_labels),
+            _array(raw.test_images),
+            _array(raw.test_labels),
+            tuple(raw.class_names),
+            str(raw.source),
+        )
+    except LlpError:
+        raise
+    except Exception as error:
+        file = getattr(getattr(loader, "__code__", None), "co_filename", None)
+        lines = [f.lineno for f in extract_tb(error.__traceback__) if f.filename == file]
+        place = f" (line {lines[-1]} of {file})" if lines else ""
+        reason = f"{type(error).__name__}: {error}".rstrip(": ")
+        raise DataError(f"{spec.name}: {reason}{place}") from error
+
+
+def _array(value: Any) -> Any:
+    return value if isinstance(value, FileImages) else np.asarray(value)
+
+
+def _called(loader: Any, spec: DatasetSpec) -> RawImages:
     arguments: dict[str, Any] = {"root": spec.root, "download": spec.download}
     parameters = inspect.signature(loader).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
