@@ -37,10 +37,9 @@ from llp.driver import (
 )
 from llp.errors import EnvironmentProblem, LlpError, NoTrialSucceeded, SpecError, StudyError
 from llp.flatness.metrics import estimated_samples
-from llp.flatness.profile import FlatnessObjective
 from llp.probing.budgets import ladder
 from llp.probing.promotion import Scheduler
-from llp.protocols import Objective, StopRule
+from llp.protocols import StopRule
 from llp.records import Job, Rung, SearchResult
 from llp.reporting.html import write_report
 from llp.scoring.choose import choose_for_measurement, choose_for_verification, choose_winner
@@ -53,7 +52,7 @@ from llp.tracking.ledger import Ledger, check_same_spec, has_study, load_study
 from llp.tracking.ledger import find_study as find_in_root
 from llp.tracking.shipper import start_shipper, wait_shipper
 from llp.training.check import check_batch
-from llp.training.objective import TrainingObjective
+from llp.worker import StudyObjective
 from llp.workloads import ImageData
 from llp.workloads import load as load_data
 from llp.workloads.subsets import nested_order
@@ -456,20 +455,6 @@ def _why_nothing_worked(result: SearchResult) -> str:
 
 
 # --- the pieces a spec names ------------------------------------------------------------------
-
-
-class StudyObjective:
-    """What a worker does with any job of a study: train it, or measure it."""
-
-    def __init__(self, spec: Spec, data: ImageData, folder: Path) -> None:
-        threads = max(1, int(spec.resources.cpus_per_trial))
-        folder = folder.resolve()
-        self._training: Objective = TrainingObjective(spec, data, folder, threads=threads)
-        self._flatness: Objective = FlatnessObjective(spec, data, folder, threads=threads)
-
-    def __call__(self, job: Job) -> Iterator[Any]:
-        """Yields reports and returns the end; see `protocols.Objective`."""
-        return self._flatness(job) if job.kind == "measure" else self._training(job)
 
 
 def make_scheduler(spec: Spec) -> Scheduler:

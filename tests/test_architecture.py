@@ -28,8 +28,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tracking": BASE,
     "reporting": BASE,
     "driver": BASE | {"probing", "tracking"},
+    "worker": BASE | {"spec", "workloads", "training", "flatness"},
     "pipeline": BASE
     | {
+        "worker",
         "spec",
         "workloads",
         "training",
