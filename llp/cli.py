@@ -127,7 +127,7 @@ def resume(
     """Go on with an interrupted study; nothing that finished runs again."""
     from llp import pipeline
 
-    folder = _study(study, root)
+    folder = _study(study, root, interrupted=True)
     root = str(folder.parent)
     _run(
         lambda on_event: pipeline.resume(
@@ -467,8 +467,11 @@ def _load(file: str, overrides: list[str] | None) -> Spec:
     return load_spec(file, overrides or ())
 
 
-def _study(name: str | None, root: str) -> Path:
-    """The folder of the study called `name`, by default the one that was last at work."""
+def _study(name: str | None, root: str, *, interrupted: bool = False) -> Path:
+    """The folder of the study called `name`, by default the one that was last at work.
+
+    With `interrupted` one that can be resumed goes before those that cannot.
+    """
     from llp.tracking import ledger
 
     if name is not None:
@@ -476,7 +479,9 @@ def _study(name: str | None, root: str) -> Path:
     studies = ledger.list_studies(root)
     if not studies:
         raise StudyError(f"no studies in {root} yet; `llp search` makes one")
-    return max(studies, key=lambda study: study.started).folder
+    if interrupted:
+        studies = [s for s in studies if s.status == "interrupted"] or studies
+    return max(studies, key=lambda s: s.updated or s.started).folder
 
 
 def _command() -> str:

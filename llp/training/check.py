@@ -86,9 +86,15 @@ def _one_step(
     )
     images, labels = next(iter(batches.epoch(0)))
     shape = _output_shape(recipe, model, images, data)
+    try:
+        optimizer = recipe.build_optimizer(model)
+    except SpecError:
+        raise
+    except Exception as error:
+        raise _failed("building its optimizer", recipe, error) from error
     steps = loop.Steps(
         model=model,
-        optimizer=recipe.build_optimizer(model),
+        optimizer=optimizer,
         criterion=functional.cross_entropy,
         schedule=lambda step: 1.0,
         device=device,
