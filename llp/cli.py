@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -395,6 +396,7 @@ def ui(
         typer.echo(links.study_link(folder) or uri)
         return
     say("starting MLflow's page; on a busy machine this takes up to a minute")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the server as Ctrl-C does
     process = ui.start_ui(uri, port=port)
     try:
         base = ui.base_url("127.0.0.1", port)

@@ -8,8 +8,10 @@ study's ledger (`tracking.ledger`), and what is returned is read from there.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -57,6 +59,7 @@ from llp.workloads import ImageData
 from llp.workloads import load as load_data
 from llp.workloads.subsets import nested_order
 
+STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 MLFLOW_SECONDS = 60.0
 """How long the end of a search waits for MLflow to have everything."""
 
@@ -127,6 +130,7 @@ def plan(spec: Spec, data: ImageData | None = None) -> Plan:
         for rung in rungs
     ]
     check_ladder(spec, len(data.train), data.num_classes, counts)
+    _check_plan(spec, data, rungs)
     scheduler = make_scheduler(spec)
     make_stop_rules(spec)
     jobs: dict[int, int] = {}
@@ -148,6 +152,25 @@ def plan(spec: Spec, data: ImageData | None = None) -> Plan:
         samples_verification=verified * verification_epochs * len(data.train),
         samples_full_search=scheduler.num_trials * spec.training.epochs * len(data.train),
     )
+
+
+def _check_plan(spec: Spec, data: ImageData, rungs: tuple[Rung, ...]) -> None:
+    problems = []
+    if len(data.validation) < data.num_classes:
+        text = (
+            f"{spec.dataset.validation_fraction:g} leaves {len(data.validation)} validation images "
+            f"for {data.num_classes} classes, too few to choose by; use a larger fraction"
+        )
+        problems.append(spec.problem("dataset.validation_fraction", text))
+    for below, above in itertools.pairwise(rungs):
+        if (below.num_examples, below.epochs) == (above.num_examples, above.epochs):
+            text = (
+                f"rungs {below.rung} and {above.rung} are the same {below.num_examples:,} images "
+                f"and {below.epochs} epochs; drop one or move them apart"
+            )
+            problems.append(spec.problem(f"tier1.data_fractions.{above.rung - 1}", text))
+    if problems:
+        raise SpecError(problems)
 
 
 def check(spec: Spec) -> CheckReport:
@@ -191,7 +214,12 @@ def search(
         KeyboardInterrupt: On Ctrl-C and SIGTERM; everything finished is in the ledger.
     """
     spec_digest = digest(spec)
-    study_id = study_id or f"{spec.name}-{spec_digest[:8]}"
+    study_id = f"{spec.name}-{spec_digest[:8]}" if study_id is None else study_id
+    if not STUDY_NAME.fullmatch(study_id):
+        raise SpecError(
+            f"'{study_id}' cannot name a study: letters, digits, '.', '_' and '-' only, starting "
+            "with a letter or digit; the folder it goes to is output.root"
+        )
     folder = Path(spec.output.root) / study_id
     if has_study(folder):
         check_same_spec(folder, spec_digest)
@@ -510,8 +538,15 @@ def _driver_device(spec: Spec) -> str:
     """Where the driver tries one batch: a local GPU when trials get one, else the CPU.
 
     Raises:
-        EnvironmentProblem: Trials on this machine are to get a GPU and CUDA sees none.
+        EnvironmentProblem: Trials on this machine are to get more CPUs than it has, or a GPU and
+            CUDA sees none.
     """
+    cpus = spec.resources.num_cpus or os.cpu_count() or 1
+    if spec.resources.address is None and spec.resources.cpus_per_trial > cpus:
+        raise EnvironmentProblem(
+            f"resources.cpus_per_trial is {spec.resources.cpus_per_trial:g} and this machine's Ray "
+            f"has {cpus}; lower it, or set resources.address to a cluster"
+        )
     if spec.resources.gpus_per_trial <= 0:
         return "cpu"
     import torch

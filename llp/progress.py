@@ -161,7 +161,7 @@ class ProgressState:
         elif name == "finished":
             self.status, self.winner = "finished", str(event.get("winner") or "")
             if self.section("tracking").get("mlflow"):
-                self.mlflow = "receiving the last of it"
+                self.mlflow = "being sent the last of it (waits a minute at most)"
         elif name == "failed":
             self.status, self.failure = "failed", str(event.get("reason", ""))
 

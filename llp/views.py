@@ -197,7 +197,11 @@ def show_summary(result: SearchResult, folder: Path, out: Console) -> None:
         facts += list(zip(labels, _how_sure(result), strict=False))
     if result.score_report and result.score_report.sentence:
         facts += [("tier 2", result.score_report.sentence)]
-    times = f" ({cost.full_search / spent:.1f} times as many)" if spent else ""
+    times = ""
+    if spent > cost.full_search > 0:
+        times = f" (this search took {spent / cost.full_search:.1f} times MORE)"
+    elif spent:
+        times = f" ({cost.full_search / spent:.1f} times as many)"
     facts += [
         (
             "cost",

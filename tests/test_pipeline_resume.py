@@ -171,7 +171,7 @@ def test_the_plan_is_what_is_spent_when_nothing_is_stopped(tmp_path):
         plan = next(
             e for e in map(json.loads, planned.stdout.splitlines()) if "samples_tier1" in str(e)
         )
-        plan = plan.get("plan", plan)
+        plan = plan["check"]["plan"]
         done = llp("search", "tiny.yaml", "--study", name, *chosen, folder=tmp_path)
         assert done.returncode == 0, done.stderr
         spent = Counter()

@@ -133,7 +133,8 @@ class JobTrainable(tune.Trainable):
         except EnvironmentProblem as problem:
             # A full disk is not the configuration's fault: the driver ends the search, and what
             # ran is run again by `llp resume`.
-            return {"reports": reports, "end": None, "problem": str(problem), "done": True}
+            # Not `done`: what is raised about a trial that is done, Tune logs and forgets.
+            return {"reports": reports, "end": None, "problem": str(problem), "done": False}
         except Exception:  # noqa: BLE001  a bug in a user's model or dataset is an outcome
             end = self._ended("failed", failure=traceback.format_exc())
         if end is not None:
@@ -193,6 +194,8 @@ class _Board:
         return {}
 
     def suggest(self, tune_id: str) -> Job | Literal["wait", "done"]:
+        if self.error is not None:
+            raise self.error
         if len(self.jobs) >= self.max_concurrent:
             return "wait"
         with self._kept():
@@ -224,7 +227,7 @@ class _Board:
     def lose(self, tune_id: str, reason: str) -> None:
         """A worker died or could not be reached."""
         job = self.jobs.get(tune_id)
-        if job is not None:
+        if job is not None and self.error is None:
             end = JobEnd(job.job_id, job.trial.trial_id, "failed", failure=reason)
             self._finish(tune_id, end)
 
