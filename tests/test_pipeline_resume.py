@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 from collections import Counter
 from functools import partial
@@ -191,8 +193,12 @@ def test_a_second_driver_is_refused_by_name(tmp_path):
     while not (ledger.exists() and ledger.read_bytes().count(b"\n") > 3):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    second = llp("resume", "two", folder=tmp_path)
+    os.kill(process.pid, signal.SIGSTOP)  # it holds the lock for as long as the second one asks
+    try:
+        second = llp("resume", "two", folder=tmp_path)
+    finally:
+        os.kill(process.pid, signal.SIGCONT)
+        process.terminate()
+        process.wait(timeout=60)
     assert second.returncode == 4
     assert str(process.pid) in second.stderr
-    process.terminate()
-    process.wait(timeout=60)
