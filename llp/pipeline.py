@@ -50,7 +50,7 @@ from llp.scoring.score import score
 from llp.scoring.table import study_table
 from llp.spec import Spec, check_ladder, digest, load_spec, to_yaml
 from llp.tracking.files import write_atomic
-from llp.tracking.ledger import Ledger, check_same_spec, has_study, load_study
+from llp.tracking.ledger import Ledger, check_same_spec, has_study, load_study, study_header
 from llp.tracking.ledger import find_study as find_in_root
 from llp.tracking.shipper import start_shipper, wait_shipper
 from llp.training.check import check_batch
@@ -280,7 +280,7 @@ def resume(
     """
     folder = find_study(study, root)
     with Ledger.open(folder) as ledger:
-        header = ledger.events()[0]
+        header = study_header(folder)
         if header.get("kind") == "python":
             raise StudyError(
                 f"the study {header['study_id']} was started from Python; "
@@ -295,8 +295,9 @@ def resume(
             update={"output": spec.output.model_copy(update={"root": str(folder.parent)})}
         )
         check_same_spec(folder, digest(spec))
-        if load_study(folder).status == "finished":
-            return load_study(folder)
+        so_far = load_study(folder)
+        if so_far.status == "finished":
+            return so_far
         data = load_data(spec.dataset, spec.seed)
         if data.digest != header["dataset"]["digest"]:
             raise StudyError(
