@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llp.api import TwoTierProbing
+    from llp.full_training import train
     from llp.pipeline import check, plan, resume, search
     from llp.spec import Spec, load_spec
 
@@ -26,6 +27,7 @@ _HOMES = {
     "plan": "llp.pipeline",
     "resume": "llp.pipeline",
     "search": "llp.pipeline",
+    "train": "llp.full_training",
     "Spec": "llp.spec",
     "load_spec": "llp.spec",
 }
@@ -38,6 +40,7 @@ __all__ = [
     "plan",
     "resume",
     "search",
+    "train",
 ]
 
 

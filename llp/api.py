@@ -478,7 +478,7 @@ class _Work:
 
 
 def _with_sam(setup: jobs.Setup, rho: float) -> jobs.Setup:
-    return replace(setup, second_pass=SharpnessAware(setup.model, rho=rho))
+    return replace(setup, optimizer=SharpnessAware(setup.optimizer, rho=rho))
 
 
 class _SwaObjective:

@@ -18,6 +18,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from llp import (
+    batch_command,
+    cluster_commands,
+    curve_commands,
+    evidence_command,
+    landscape_commands,
+    score_commands,
+    simulate_command,
+    train_commands,
+)
+from llp.cluster_commands import Follow, Insecure, StartTimeout, WorkingDir
 from llp.errors import (
     EnvironmentProblem,
     LlpError,
@@ -73,6 +84,9 @@ def search(
     study: Annotated[
         str | None, typer.Option("--study", help="name of the study folder", show_default=False)
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on with the study if it exists")
+    ] = False,
     json: Json = False,
     quiet: Quiet = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
@@ -90,7 +104,7 @@ def search(
         return
     _run(
         lambda on_event: pipeline.search(
-            spec, study_id=study, on_event=on_event, command=_command()
+            spec, study_id=study, resume=resume, on_event=on_event, command=_command()
         ),
         json=json,
         quiet=quiet,
@@ -122,13 +136,55 @@ def resume(
         ),
     ] = None,
     root: Root = ROOT,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address",
+            metavar="URL",
+            help="as a job of this cluster: its Ray dashboard, http://HOST:8265; default: here",
+            show_default=False,
+        ),
+    ] = None,
+    follow: Follow = False,
+    working_dir: WorkingDir = None,
+    start_timeout: StartTimeout = 600.0,
+    insecure: Insecure = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Go on with an interrupted study; nothing that finished runs again."""
+    """Go on with an interrupted study; nothing that finished runs again.
+
+    With --address as a job of the cluster that sees the folder --root.
+    """
     from llp import pipeline
 
+    if address is not None:
+        cluster_commands.resume_there(
+            study,
+            root,
+            override or [],
+            address=address,
+            working_dir=working_dir,
+            follow=follow,
+            start_timeout=start_timeout,
+            insecure=insecure,
+            json=json,
+        )
+        return
+    for option, given in (
+        ("--follow", follow),
+        ("--insecure", insecure),
+        ("--working-dir", working_dir is not None),
+        ("--start-timeout", start_timeout != 600.0),
+    ):
+        if given:
+            raise SpecError(
+                f"{option} is of a job of a cluster: it needs --address http://HOST:8265"
+            )
     folder = _study(study, root, interrupted=True)
+    if train_commands.is_training(folder):
+        train_commands.resume_here(folder, json=json, quiet=quiet)
+        return
     root = str(folder.parent)
     _run(
         lambda on_event: pipeline.resume(
@@ -208,6 +264,18 @@ def _resume_hint(reporter: Reporter, root: str) -> str:
     return f"; go on with:\n  llp resume {reporter.state.study_id}{where}"
 
 
+app.command()(train_commands.train)
+app.command()(batch_command.batch)
+app.command()(landscape_commands.landscape)
+app.command()(cluster_commands.submit)
+app.add_typer(cluster_commands.jobs)
+app.add_typer(curve_commands.curves)
+app.command()(evidence_command.study)
+app.command()(score_commands.score)
+app.command()(score_commands.calibrate)
+app.command()(simulate_command.simulate)
+
+
 # Looking
 
 
@@ -249,12 +317,14 @@ def show(
 ) -> None:
     """One trial: curves, measurements, contributions to its score, decisions and reasons."""
     from llp import views
+    from llp.full_forecast import full_results
     from llp.tracking import ledger
 
     if len(names) > 2:
         raise typer.BadParameter("one study and one trial at most", param_hint="[STUDY] TRIAL")
     result = ledger.load_study(_study(names[0] if len(names) == 2 else None, root))
     about = views.about_trial(result, views.find_trial(result, names[-1]))
+    about["full_training"] = full_results(result).get(about["trial_id"])
     if json:
         emit({"event": "show", **about})
     else:
@@ -268,13 +338,20 @@ def list_(
             "datasets",
             "models",
             "optimizers",
+            "averagings",
             "metrics",
             "schedulers",
+            "corruptions",
             "searchers",
+            "proxies",
             "schedules",
             "stop_rules",
+            "search_rules",
             "augmentations",
             "presets",
+            "callbacks",
+            "analyses",
+            "sharpness_measures",
             "studies",
         ],
         typer.Argument(help="which table", show_default=False),
@@ -372,11 +449,62 @@ def export(
 
 
 @app.command()
-def report(study: Study = None, root: Root = ROOT) -> None:
-    """Write the HTML page of a study again and print where it is."""
+def report(
+    what: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[STUDY|FILE]",
+            help="a study (default: the newest), or the definition of a report matrix",
+            show_default=False,
+        ),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", metavar="NAME", help="run this configuration only; repeatable"),
+    ] = None,
+    render_only: Annotated[
+        bool, typer.Option("--render-only", help="run nothing, write the pages")
+    ] = False,
+    override: Set = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="folder of the pages; default: reports/out/NAME"),
+    ] = None,
+    root: Root = ROOT,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write the HTML page of a study again, or run a report matrix and write all its pages."""
+    from llp.spec.matrix import is_definition
+
+    if is_definition(what):
+        from llp import matrix_command
+
+        where = [] if root == ROOT else [f"output.root={root}"]
+        matrix_command.report(
+            str(what),
+            only=only or (),
+            render_only=render_only,
+            overrides=[*where, *(override or ())],
+            out=out,
+            json=json,
+            quiet=quiet,
+            command=_command(),
+        )
+        return
+    options: dict[str, object] = {"--only": only, "--render-only": render_only, "--set": override}
+    options |= {"--out": out, "--json": json, "--quiet": quiet}
+    if given := [name for name, value in options.items() if value]:
+        raise typer.BadParameter(
+            "for a report matrix (a .yaml file), and this is a study", param_hint=", ".join(given)
+        )
+    folder = _study(what, root)
+    if train_commands.is_training(folder):
+        typer.echo(train_commands.report_here(folder))
+        return
     from llp import pipeline
 
-    typer.echo(pipeline.report(_study(study, root)))
+    typer.echo(pipeline.report(folder))
 
 
 @app.command()
@@ -388,7 +516,7 @@ def ui(
     """Serve MLflow's page and print the link that shows the study's trials sorted and charted."""
     from llp.tracking import links, shipper, ui
 
-    folder = _study(study, root)
+    folder = _study(study, root, batches=True)
     uri, _ = shipper.tracking_target(folder)
     if links.read_state(folder) is None:
         say(f"MLflow has nothing of this study yet: llp sync {shlex.quote(str(folder))}")
@@ -420,7 +548,7 @@ def sync(
     """Send to MLflow what it has not received; nothing is sent twice."""
     from llp.tracking import links, shipper
 
-    folder = _study(study, root)
+    folder = _study(study, root, batches=True)
     shipped = shipper.ship(folder, rebuild=rebuild)
     typer.echo(
         f"{shipped.num_runs} runs with {shipped.num_events} events of {folder.name} are in "
@@ -451,13 +579,18 @@ def init(
 
 
 @app.command()
-def schema() -> None:
-    """Print the JSON Schema of experiment files, for completion in an editor."""
+def schema(
+    kind: Annotated[
+        str,
+        typer.Argument(help="experiment, or a command's: train, batch, report, study, landscape"),
+    ] = "experiment",
+) -> None:
+    """Print the JSON Schema of a kind of file, for completion in an editor."""
     import json
 
-    from llp.spec import json_schema
+    from llp.spec.file_schemas import file_schema
 
-    typer.echo(json.dumps(json_schema(), indent=2, ensure_ascii=False, allow_nan=False))
+    typer.echo(json.dumps(file_schema(kind), indent=2, ensure_ascii=False, allow_nan=False))
 
 
 # Helpers
@@ -469,21 +602,26 @@ def _load(file: str, overrides: list[str] | None) -> Spec:
     return load_spec(file, overrides or ())
 
 
-def _study(name: str | None, root: str, *, interrupted: bool = False) -> Path:
+def _study(
+    name: str | None, root: str, *, interrupted: bool = False, batches: bool = False
+) -> Path:
     """The folder of the study called `name`, by default the one that was last at work.
 
-    With `interrupted` one that can be resumed goes before those that cannot.
+    With `interrupted` one that can be resumed goes before those that cannot. Only with `batches`
+    may it be a batch.
     """
     from llp.tracking import ledger
 
     if name is not None:
-        return ledger.find_study(root, name)
+        folder = ledger.find_study(root, name)
+        return folder if batches else ledger.no_batch(folder)
     studies = ledger.list_studies(root)
     if not studies:
         raise StudyError(f"no studies in {root} yet; `llp search` makes one")
     if interrupted:
         studies = [s for s in studies if s.status == "interrupted"] or studies
-    return max(studies, key=lambda s: s.updated or s.started).folder
+    folder = max(studies, key=lambda s: s.updated or s.started).folder
+    return folder if batches else ledger.no_batch(folder)
 
 
 def _command() -> str:

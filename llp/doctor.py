@@ -105,6 +105,9 @@ def ray_token(environment: Mapping[str, str] = os.environ, home: Path | None = N
     name = "Ray token"
     path = Path(environment.get("RAY_AUTH_TOKEN_PATH") or (home or Path.home()) / ".ray/auth_token")
     if not path.is_file():
+        if environment.get("RAY_AUTH_TOKEN_PATH") and not environment.get("RAY_AUTH_TOKEN"):
+            todo = "let RAY_AUTH_TOKEN_PATH name the file with the cluster's token, or unset it"
+            return Check(name, "fail", f"RAY_AUTH_TOKEN_PATH names {path}, which is no file", todo)
         if environment.get("RAY_AUTH_MODE") == "token" and not environment.get("RAY_AUTH_TOKEN"):
             todo = "ray get-auth-token --generate, then chmod 600 the file"
             return Check(name, "fail", f"RAY_AUTH_MODE=token but there is no {path}", todo)

@@ -16,7 +16,11 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from llp.probing.promotion import DONE, WAIT, NewTrial, Scheduler
+from llp.probing.rung_correlation import is_due, rank_correlations
+from llp.probing.rung_scale import on_lowest_rung
+from llp.probing.search_stopping import SearchPlan, SearchRule
 from llp.probing.state import SearchState, probe_id
+from llp.probing.verdicts import StopPolicy
 from llp.protocols import Report, StopRule
 from llp.records import (
     CheckpointRef,
@@ -26,11 +30,14 @@ from llp.records import (
     HyperparameterValue,
     Job,
     JobEnd,
+    Observation,
+    RankCorrelation,
     Rung,
     SearchResult,
     StopDecision,
     Trial,
     from_plain,
+    to_plain,
 )
 from llp.tracking.ledger import Ledger
 from llp.tracking.replay import result_from_events
@@ -52,6 +59,22 @@ class ConfigurationSource(Protocol):
         ...
 
 
+class JobSource(Protocol):
+    """Hands out jobs and is told what happened, as `cluster.ray_tune` wants it."""
+
+    def next_job(self) -> Job | Literal["wait", "done"]:
+        """The next job for a free worker."""
+        ...
+
+    def on_report(self, job: Job, report: Report) -> StopDecision | None:
+        """Takes a report into account."""
+        ...
+
+    def on_end(self, job: Job, end: JobEnd) -> None:
+        """Takes the end of a job into account."""
+        ...
+
+
 class Study:
     """A study folder that this process drives.
 
@@ -64,6 +87,8 @@ class Study:
         self.ledger = ledger
         self.state = SearchState()
         self.history: list[dict[str, Any]] = []
+        self.observed: dict[tuple[str, str, int], Mapping[str, float]] = {}
+        self.ranks: dict[tuple[int, int], RankCorrelation] = {}
         self._listeners: list[OnEvent] = [on_event] if on_event else []
         for event in ledger.events():
             self._take(event)
@@ -91,6 +116,12 @@ class Study:
     def _take(self, event: dict[str, Any]) -> None:
         self.history.append(event)
         self.state.apply(event)
+        if event["event"] == "observation":
+            found = from_plain(Observation, event["observation"])
+            self.observed[found.job_id, found.callback, found.epoch] = found.values
+        elif event["event"] == "rank_correlations":
+            for pair in event["rank_correlations"]:
+                self.ranks[pair["lower"], pair["higher"]] = from_plain(RankCorrelation, pair)
         for listener in self._listeners:
             listener(event)
 
@@ -105,6 +136,15 @@ def derived_seed(seed: int, *path: int) -> int:
     return int(state[0] & 0x7FFFFFFF)
 
 
+def full_training_seeds(seed: int, count: int) -> list[int]:
+    """The seeds of the full trainings of a study, the same for every configuration."""
+    return [derived_seed(seed, 2, number) for number in range(count)]
+
+
+def _no_costs(hyperparameters: Mapping[str, HyperparameterValue]) -> Mapping[str, float]:
+    return {}
+
+
 @dataclass
 class ProbeSource:
     """Tier 1 as a source of jobs: asks the scheduler, the searcher and the stop rules.
@@ -114,11 +154,14 @@ class ProbeSource:
         scheduler: Chooses between new trials and promotions.
         searcher: Gives hyperparameters.
         rungs: The ladder.
-        stop_rules: Asked after every point.
+        stop_rules: Asked after every point of a job.
+        search_rules: Asked whether tier 1 should end.
+        audit_share: Share of the samples spent on jobs that a rule would have stopped.
         seed: Of the study.
         warm: Whether a promotion starts from the weights of the rung below.
         report_every: Epochs between two points of a job.
         num_kept: Trials that go on from the highest rung, to tier 2 and verification.
+        model_costs: Size of the network of a configuration, for searchers that ask for it.
     """
 
     study: Study
@@ -126,13 +169,20 @@ class ProbeSource:
     searcher: ConfigurationSource
     rungs: Sequence[Rung]
     stop_rules: Sequence[StopRule] = ()
+    search_rules: Sequence[SearchRule] = ()
+    audit_share: float = 0.0
     seed: int = 0
     warm: bool = False
     report_every: int = 1
     num_kept: int = 1
+    model_costs: Callable[[Mapping[str, HyperparameterValue]], Mapping[str, float]] = _no_costs
 
     def __post_init__(self) -> None:
-        self._live = False
+        self._policy = StopPolicy(self.stop_rules, self.search_rules, self.audit_share, self.seed)
+        self._plan = SearchPlan(
+            self.rungs, self.scheduler.num_trials, self.report_every, self.scheduler.max_failures
+        )
+        self._live = self._whole = False
         self._replayed = SearchState()
         self.study.listen(self._follow_searcher)
         self._live = True
@@ -140,6 +190,8 @@ class ProbeSource:
             decision = self.study.state.stops.get(job.job_id)
             if decision is not None:  # killed between the verdict and the end it led to
                 self._end_stopped(job, decision)
+        for rung in sorted(self.study.state.completed):  # killed between an end and what it led to
+            self._measure_ranks(rung)
 
     def _follow_searcher(self, event: dict[str, Any]) -> None:
         """Keeps the searcher's state a function of the ledger, in the order of its lines."""
@@ -163,8 +215,19 @@ class ProbeSource:
             over = state.is_over(trial_id, rung, max_failures=self.scheduler.max_failures)
             if tell is None or not over or rung != self._first_rung(state.trials[trial_id]):
                 return
-            accuracy, _ = state.result(trial_id, rung)
-            tell(int(trial_id[1:]), accuracy if math.isfinite(accuracy) else None)
+            accuracy = on_lowest_rung(state, trial_id, rung)
+            told: tuple[Any, ...] = (accuracy if math.isfinite(accuracy) else None,)
+            if getattr(self.searcher, "objectives", ()):
+                told = (*told, self._costs(state, trial_id, rung))
+            tell(int(trial_id[1:]), *told)
+
+    def _costs(self, state: SearchState, trial_id: str, rung: int) -> dict[str, float]:
+        """What a searcher with several objectives is told beside the accuracy."""
+        points = state.curve(trial_id, rung).points
+        samples = points[-1].samples_seen if points else 0
+        measured = self.model_costs(state.trials[trial_id].hyperparameters)
+        seconds = points[-1].seconds / samples if samples else math.nan
+        return {**measured, "seconds": seconds}
 
     def _first_rung(self, trial: Trial) -> int:
         return self.scheduler.brackets()[trial.bracket].first_rung
@@ -177,9 +240,14 @@ class ProbeSource:
         state = self.study.state
         if self._hopeless():
             return WAIT if state.running else DONE
-        left_over = self._half_written()
-        if left_over is not None:
-            return left_over
+        self._end_search()
+        if state.ended is not None:
+            return WAIT if state.running else DONE
+        if not self._whole:  # later steps are written whole by this process
+            left_over = self._half_written()
+            if left_over is not None:
+                return left_over
+            self._whole = True
         step = self.scheduler.next_step(state)
         if step in (WAIT, DONE):
             return step
@@ -202,7 +270,11 @@ class ProbeSource:
             bracket=bracket,
         )
         job = self._job(trial, decision.rung)
-        self.study.record_all([*before, ("trial", {"trial": trial}), ("job", {"job": job})])
+        lines: list[tuple[str, Mapping[str, Any]]] = [*before, ("trial", {"trial": trial})]
+        noted = getattr(self.searcher, "noted", None)
+        if noted is not None and index in noted:
+            lines.append(("proxy", {"trial_id": trial.trial_id, "proxy": noted[index]}))
+        self.study.record_all([*lines, ("job", {"job": job})])
         return job
 
     def _half_written(self) -> Job | None:
@@ -210,11 +282,7 @@ class ProbeSource:
         state = self.study.state
         for trial_id, decision in state.announced.items():
             if trial_id not in state.trials:
-                number, place = 0, int(trial_id[1:])
-                for bracket in self.scheduler.brackets():
-                    if place < bracket.size:
-                        break
-                    number, place = number + 1, place - bracket.size
+                number = self.scheduler.bracket_of(int(trial_id[1:]), decision.rung)
                 return self._start(number, decision, [])
         started = [(trial_id, self._first_rung(trial)) for trial_id, trial in state.trials.items()]
         for trial_id, rung in [*started, *sorted(state.promoted)]:
@@ -244,6 +312,8 @@ class ProbeSource:
         return end.checkpoint if end is not None else None
 
     def _hopeless(self) -> bool:
+        if len(self.study.state.failures) < HOPELESS:
+            return False
         ends = self.study.state.ends
         failed = {t for (t, r), e in ends.items() if e.outcome == "failed" and self._is_over(t, r)}
         return len(failed) >= HOPELESS and len(failed) == len({t for t, _ in ends})
@@ -254,31 +324,37 @@ class ProbeSource:
         Of the points that a resumed job repeats only the last is asked about again: a kill may have
         come between it and the verdict.
         """
+        if isinstance(report, Observation):
+            record_observation(self.study, report)
+            return None
         assert isinstance(report, CurvePoint)
         state = self.study.state
         record_point(self.study, job, report)
         if report.epoch < max(state.points[job.job_id]):
             return None
-        curve = state.curve(job.trial.trial_id, job.rung.rung)
-        ended = state.ended_curves(job.rung.rung) if self.stop_rules else []
-        for rule in self.stop_rules:
-            verdict = rule.decide(
-                curve,
-                num_points=math.ceil(job.rung.epochs / self.report_every),
-                ended=ended,
-                keep_fraction=self.keep_fraction(job.trial, job.rung.rung),
-            )
-            if verdict.stop:
-                decision = Decision(
-                    "stop",
-                    job.trial.trial_id,
-                    job.rung.rung,
-                    f"{verdict.reason}: {verdict.detail}",
-                    verdict.predicted_final,
+        self._end_search()
+        keep = self.keep_fraction(job.trial, job.rung.rung)
+        found = self._policy.about_job(state, job, self._plan, keep)
+        if found is None:
+            return None
+        decision, verdict = found
+        self.study.record("decision", decision=decision)
+        return verdict if verdict.stop else None
+
+    def _end_search(self) -> None:
+        """Ends tier 1 when a rule says so; jobs that lost their worker end with it."""
+        state = self.study.state
+        decision = self._policy.about_search(state, self._plan)
+        if decision is not None:
+            self.study.record("decision", decision=decision)
+        if state.ended is None:
+            return
+        for job in list(state.orphans.values()):
+            if state.may_retry(job.job_id, self.scheduler.max_failures):
+                rung = job.rung.rung
+                self._end_stopped(
+                    job, Decision("stop", job.trial.trial_id, rung, state.ended.reason)
                 )
-                self.study.record("decision", decision=decision)
-                return verdict
-        return None
 
     def keep_fraction(self, trial: Trial, rung: int) -> float:
         """Share of the trials on a rung of the trial's bracket that go on."""
@@ -289,6 +365,24 @@ class ProbeSource:
     def on_end(self, job: Job, end: JobEnd) -> None:
         """Records how a probe ended."""
         record_end(self.study, job, end)
+        if job.job_id in self.study.state.audits:
+            self.study.record("stop_audit", stop_audit=self._policy.audit(self.study.state))
+        if end.outcome == "completed":
+            self._measure_ranks(job.rung.rung)
+
+    def _measure_ranks(self, rung: int) -> None:
+        """Records how the rungs below order the trials of `rung`, and what follows from it."""
+        state = self.study.state
+        if not is_due(state, rung):
+            return
+        found = rank_correlations(state, rung)
+        known = self.study.ranks
+        new = [c for c in found if to_plain(known.get((c.lower, c.higher))) != to_plain(c)]
+        if new:
+            self.study.record("rank_correlations", rank_correlations=new)
+        decision = self._policy.about_ranks(state, found)
+        if decision is not None:
+            self.study.record("decision", decision=decision)
 
     def _end_stopped(self, job: Job, decision: Decision) -> None:
         curve = self.study.state.curve(job.trial.trial_id, job.rung.rung).points
@@ -357,6 +451,8 @@ class ListedSource:
         """Records a point, a profile or a verification; never stops a job."""
         if isinstance(report, CurvePoint):
             record_point(self.study, job, report)
+        elif isinstance(report, Observation):
+            record_observation(self.study, report)
         elif isinstance(report, FlatnessProfile):
             self.study.record("profile", profile=report)
         else:
@@ -383,7 +479,7 @@ class PhasedSource:
     def __init__(
         self,
         study: Study,
-        phases: Sequence[tuple[str, Callable[[], ProbeSource | ListedSource]]],
+        phases: Sequence[tuple[str, Callable[[], JobSource]]],
         clock: Callable[[], float],
     ) -> None:
         self.study = study
@@ -391,7 +487,7 @@ class PhasedSource:
         self._clock = clock
         self._name = ""
         self._started = 0.0
-        self._current: ProbeSource | ListedSource | None = None
+        self._current: JobSource | None = None
 
     def next_job(self) -> Job | Literal["wait", "done"]:
         """The next job of the current phase, or of the next."""
@@ -449,6 +545,13 @@ def record_point(study: Study, job: Job, point: CurvePoint) -> None:
     study.record(
         "point", job_id=job.job_id, trial_id=job.trial.trial_id, kind=job.kind, point=point
     )
+
+
+def record_observation(study: Study, found: Observation) -> None:
+    """Writes an `observation` event, unless a resumed job repeats what the ledger has."""
+    key = (found.job_id, found.callback, found.epoch)
+    if to_plain(study.observed.get(key)) != to_plain(found.values):
+        study.record("observation", observation=found)
 
 
 def record_end(study: Study, job: Job, end: JobEnd) -> None:

@@ -39,6 +39,8 @@ class Problem:
         where = self.file
         if self.line:
             where += f":{self.line}:{self.column}"
+        elif self.file and not self.path:
+            where += ":"
         return " ".join(part for part in (where, f"{self.path}:" if self.path else "") if part) + (
             f" {self.message}" if where or self.path else self.message
         )

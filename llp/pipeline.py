@@ -10,19 +10,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import platform
-import re
 import shutil
-import signal
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -34,34 +28,52 @@ from llp.driver import (
     PhasedSource,
     ProbeSource,
     Study,
-    derived_seed,
     measure_jobs,
 )
 from llp.errors import EnvironmentProblem, LlpError, NoTrialSucceeded, SpecError, StudyError
-from llp.flatness.metrics import estimated_samples
+from llp.flatness.budget import plan_measurement
+from llp.objectives import SEARCHED, record_fronts
 from llp.probing.budgets import ladder
 from llp.probing.promotion import Scheduler
-from llp.protocols import StopRule
-from llp.records import Job, Rung, SearchResult
+from llp.proxy_filter import ProxyFilter
+from llp.records import Rung, SearchResult
 from llp.reporting.html import write_report
-from llp.scoring.choose import choose_for_measurement, choose_for_verification, choose_winner
+from llp.scoring.choose import choose_for_measurement, choose_for_verification
 from llp.scoring.report import score_report
 from llp.scoring.score import score
 from llp.scoring.table import study_table
-from llp.spec import Spec, check_ladder, digest, load_spec, to_yaml
+from llp.scoring.targets import judged
+from llp.spec import (
+    Spec,
+    check_ladder,
+    completed_digest,
+    digest,
+    load_spec,
+    study_name,
+    to_yaml,
+)
+from llp.surroundings import describe_environment, interruptible
 from llp.tracking.files import write_atomic
 from llp.tracking.ledger import Ledger, check_same_spec, has_study, load_study, study_header
 from llp.tracking.ledger import find_study as find_in_root
+from llp.tracking.links import read_state
 from llp.tracking.shipper import start_shipper, wait_shipper
 from llp.training.check import check_batch
+from llp.training.model_cost import ModelCosts
+from llp.training.proxies import ProxyScores
+from llp.verification import RaceSource, choose_verified, verification_source
+from llp.warm_start import StartsWith, WarmStart, warm_start
 from llp.worker import StudyObjective
 from llp.workloads import ImageData
 from llp.workloads import load as load_data
 from llp.workloads.subsets import nested_order
 
-STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 MLFLOW_SECONDS = 60.0
 """How long the end of a search waits for MLflow to have everything."""
+NODES_SECONDS = 60.0
+"""How long a cluster may take to have nodes for one trial: they often join after the head."""
+TAKEOVER_SECONDS = 60.0
+"""How long `search --resume` waits for the driver before it to be gone, which may be on its way."""
 
 
 # --- what a search will do --------------------------------------------------------------------
@@ -132,12 +144,16 @@ def plan(spec: Spec, data: ImageData | None = None) -> Plan:
     check_ladder(spec, len(data.train), data.num_classes, counts)
     _check_plan(spec, data, rungs)
     scheduler = make_scheduler(spec)
-    make_stop_rules(spec)
+    make_rules(spec, "stop_rules")
+    make_rules(spec, "search_rules")
+    warm_start(spec)
     jobs: dict[int, int] = {}
     for sizes in scheduler.sizes():
         for rung, size in sizes.items():
             jobs[rung] = jobs.get(rung, 0) + size
-    verified = min(spec.verification.top_k, scheduler.num_trials) * spec.verification.num_seeds
+    asked = spec.verification
+    seeds = asked.max_seeds if asked.race else asked.num_seeds
+    verified = min(asked.top_k, scheduler.num_trials) * seeds
     verification_epochs = spec.verification.epochs or spec.training.epochs
     return Plan(
         rungs=rungs,
@@ -148,7 +164,7 @@ def plan(spec: Spec, data: ImageData | None = None) -> Plan:
         num_test=len(data.test) if data.test is not None else 0,
         num_classes=data.num_classes,
         samples_tier1=sum(n * rungs[rung - 1].samples_seen for rung, n in jobs.items()),
-        samples_tier2=spec.tier2.top_k * estimated_samples(spec.tier2, rungs[-1].num_examples),
+        samples_tier2=spec.tier2.top_k * plan_measurement(spec.tier2, rungs[-1]).samples,
         samples_verification=verified * verification_epochs * len(data.train),
         samples_full_search=scheduler.num_trials * spec.training.epochs * len(data.train),
     )
@@ -162,6 +178,9 @@ def _check_plan(spec: Spec, data: ImageData, rungs: tuple[Rung, ...]) -> None:
             f"for {data.num_classes} classes, too few to choose by; use a larger fraction"
         )
         problems.append(spec.problem("dataset.validation_fraction", text))
+    if spec.verification.corrupted and not _is_uint8(data):
+        text = "corruptions need uint8 images of 1 or 3 channels, and this dataset has others"
+        problems.append(spec.problem("verification.corrupted", text))
     for below, above in itertools.pairwise(rungs):
         if (below.num_examples, below.epochs) == (above.num_examples, above.epochs):
             text = (
@@ -171,6 +190,12 @@ def _check_plan(spec: Spec, data: ImageData, rungs: tuple[Rung, ...]) -> None:
             problems.append(spec.problem(f"tier1.data_fractions.{above.rung - 1}", text))
     if problems:
         raise SpecError(problems)
+
+
+def _is_uint8(data: ImageData) -> bool:
+    """Whether the images are what `workloads.corruptions` works on; those in files are."""
+    kind = getattr(data.train.images, "dtype", np.uint8)
+    return bool(kind == np.uint8) and data.channels in (1, 3)
 
 
 def check(spec: Spec) -> CheckReport:
@@ -194,6 +219,8 @@ def search(
     spec: Spec,
     *,
     study_id: str | None = None,
+    resume: bool = False,
+    data: ImageData | None = None,
     on_event: OnEvent | None = None,
     command: str = "",
 ) -> SearchResult:
@@ -202,6 +229,9 @@ def search(
     Args:
         spec: The experiment.
         study_id: Name of the study folder under `output.root`; default: name and digest.
+        resume: Go on with the study when there is one of this name and spec; a finished one is
+            only returned. What starts a search again by itself (a job queue, say) wants this.
+        data: The dataset of the spec, where the caller has loaded it already.
         on_event: Called in this process with every ledger event.
         command: What the user typed, for the report.
 
@@ -214,15 +244,15 @@ def search(
         KeyboardInterrupt: On Ctrl-C and SIGTERM; everything finished is in the ledger.
     """
     spec_digest = digest(spec)
-    study_id = f"{spec.name}-{spec_digest[:8]}" if study_id is None else study_id
-    if not STUDY_NAME.fullmatch(study_id):
-        raise SpecError(
-            f"'{study_id}' cannot name a study: letters, digits, '.', '_' and '-' only, starting "
-            "with a letter or digit; the folder it goes to is output.root"
-        )
+    study_id = study_name(spec, study_id)
     folder = Path(spec.output.root) / study_id
     if has_study(folder):
-        check_same_spec(folder, spec_digest)
+        _check_same_spec(folder, spec_digest)
+        if resume:
+            if spec.tracking.mlflow and load_study(folder).status == "finished":
+                _ship_rest(folder)
+            with Ledger.open(folder, wait_seconds=TAKEOVER_SECONDS) as ledger:
+                return _go_on(spec, ledger, folder, on_event, command, data)
         status = load_study(folder).status
         raise StudyError(
             f"the study {study_id} exists already and is {status}; "
@@ -233,7 +263,7 @@ def search(
             )
             + ", or start another with `--study NAME`"
         )
-    data = load_data(spec.dataset, spec.seed)
+    data = data or load_data(spec.dataset, spec.seed)
     planned = plan(spec, data)
     check_batch(spec, data, _driver_device(spec))
     environment = describe_environment(command)
@@ -294,18 +324,44 @@ def resume(
         spec = spec.model_copy(
             update={"output": spec.output.model_copy(update={"root": str(folder.parent)})}
         )
-        check_same_spec(folder, digest(spec))
-        so_far = load_study(folder)
-        if so_far.status == "finished":
-            return so_far
-        data = load_data(spec.dataset, spec.seed)
-        if data.digest != header["dataset"]["digest"]:
-            raise StudyError(
-                f"the images of {data.name} are not those this study began with "
-                f"({data.source}; digest {data.digest[:12]}, was "
-                f"{header['dataset']['digest'][:12]}); set dataset.root to the same files"
-            )
-        return _drive(spec, data, ledger, folder, describe_environment(command), on_event)
+        _check_same_spec(folder, digest(spec))
+        return _go_on(spec, ledger, folder, on_event, command)
+
+
+def _check_same_spec(folder: Path, spec_digest: str) -> None:
+    """As `check_same_spec`, for studies of older versions too."""
+    if completed_digest(study_header(folder).get("spec", {})) != spec_digest:
+        check_same_spec(folder, spec_digest)
+
+
+def _ship_rest(folder: Path) -> None:
+    """Gives MLflow what it has not received of a study that is over."""
+    shipped = read_state(folder)
+    if shipped is None or not shipped.complete:
+        wait_shipper(start_shipper(folder), MLFLOW_SECONDS)
+
+
+def _go_on(
+    spec: Spec,
+    ledger: Ledger,
+    folder: Path,
+    on_event: OnEvent | None,
+    command: str,
+    data: ImageData | None = None,
+) -> SearchResult:
+    """The rest of a study, on the images it began with; nothing when it is finished."""
+    so_far = load_study(folder)
+    if so_far.status == "finished":
+        return so_far
+    data = data or load_data(spec.dataset, spec.seed)
+    began_with = study_header(folder)["dataset"]["digest"]
+    if data.digest != began_with:
+        raise StudyError(
+            f"the images of {data.name} are not those this study began with "
+            f"({data.source}; digest {data.digest[:12]}, was {began_with[:12]}); "
+            "set dataset.root to the same files"
+        )
+    return _drive(spec, data, ledger, folder, describe_environment(command), on_event)
 
 
 def _drive(
@@ -320,13 +376,15 @@ def _drive(
     study = Study(ledger, on_event)
     study.record("opened", host=environment["host"], pid=os.getpid(), environment=environment)
     shipper = start_shipper(folder) if spec.tracking.mlflow else None
+    costs = ModelCosts(spec, data, _driver_device(spec))
+    proxy = ProxyScores(spec, data) if spec.searcher.proxy else None
     try:
-        with _ray(spec), _interruptible():  # in this order: Ray sets a SIGTERM handler too
+        with _ray(spec), interruptible():  # in this order: Ray sets a SIGTERM handler too
             run_jobs(
                 PhasedSource(
                     study,
                     [
-                        ("tier1", lambda: probes(spec, study)),
+                        ("tier1", lambda: probes(spec, study, costs, proxy)),
                         ("tier2", lambda: measurements(spec, study)),
                         ("verify", lambda: verifications(spec, study)),
                     ],
@@ -340,7 +398,9 @@ def _drive(
                 ),
                 folder=folder / "ray",
                 seconds_limit=spec.tier1.trial_seconds,
+                wait_for_nodes=NODES_SECONDS if spec.resources.address else 0.0,
             )
+        record_fronts(spec, study, costs)
         finish(spec, study, folder)
     except NoTrialSucceeded as error:
         _write_report(
@@ -355,20 +415,25 @@ def _drive(
     return load_study(folder)
 
 
-def probes(spec: Spec, study: Study) -> ProbeSource:
+def probes(
+    spec: Spec, study: Study, costs: ModelCosts, proxy: ProxyScores | None = None
+) -> ProbeSource:
     """Tier 1: configurations on nested data fractions."""
     header = study.header
     rungs = ladder(spec.tier1.data_fractions, spec.rung_epochs(), int(header["num_train"]))
     return ProbeSource(
         study,
         scheduler=make_scheduler(spec),
-        searcher=make_searcher(spec),
+        searcher=make_searcher(spec, warm_start(spec, study), proxy),
         rungs=rungs,
-        stop_rules=make_stop_rules(spec),
+        stop_rules=make_rules(spec, "stop_rules"),
+        search_rules=make_rules(spec, "search_rules"),
+        audit_share=spec.tier1.audit_share,
         seed=spec.seed,
         warm=spec.tier1.promotion == "warm",
         report_every=spec.tier1.report_every,
         num_kept=num_kept(spec),
+        model_costs=costs,
     )
 
 
@@ -379,7 +444,7 @@ def measurements(spec: Spec, study: Study) -> ListedSource:
     return ListedSource(study, measure_jobs(study, chosen), max_failures=spec.tier1.max_failures)
 
 
-def verifications(spec: Spec, study: Study) -> ListedSource:
+def verifications(spec: Spec, study: Study) -> ListedSource | RaceSource:
     """Scores both tiers, then trains the best few fully with the same seeds for each."""
     result = study.result()
     _record_scores(spec, study)
@@ -396,40 +461,18 @@ def verifications(spec: Spec, study: Study) -> ListedSource:
         alpha=spec.score.alpha,
         seed=spec.seed,
     )
-    chosen = choose_for_verification(scores, spec.verification.top_k)
+    asked = spec.verification
+    chosen = choose_for_verification(scores, asked.top_k, probability=asked.probability)
     if not chosen:
         raise NoTrialSucceeded(_why_nothing_worked(result))
-    by_id = {trial.trial.trial_id: trial for trial in result.trials}
-    num_train = int(study.header["num_train"])
-    full = Rung(
-        rung=len(result.rungs) + 1,
-        data_fraction=1.0,
-        num_examples=num_train,
-        epochs=spec.verification.epochs or spec.training.epochs,
-    )
-    jobs = [
-        Job(
-            job_id=f"{trial_id}-v{number}",
-            kind="verify",
-            trial=by_id[trial_id].trial,
-            rung=full,
-            seed=derived_seed(spec.seed, 2, number),
-        )
-        for number in range(spec.verification.num_seeds)
-        for trial_id in chosen
-    ]
-    return ListedSource(study, jobs, max_failures=spec.tier1.max_failures)
+    return verification_source(spec, study, chosen)
 
 
 def finish(spec: Spec, study: Study, folder: Path) -> None:
     """Names the winner and writes the page; the last line of the ledger comes after the page."""
     _record_scores(spec, study)
     result = study.result()
-    winner, reason = choose_winner(
-        result.verifications,
-        num_seeds=spec.verification.num_seeds,
-        num_validation=int(study.header["num_validation"]),
-    )
+    winner, reason = choose_verified(spec, study)
     _write_report(
         spec, folder, replace(result, status="finished", winner=winner, winner_reason=reason)
     )
@@ -451,7 +494,7 @@ def _record_scores(spec: Spec, study: Study) -> None:
         score_report=score_report(
             result.trials,
             result.profiles,
-            result.verifications,
+            judged(result.verifications, corrupted=spec.verification.corrupted),
             preset=spec.score.preset,
             weights=spec.score.weights or None,
             alpha=spec.score.alpha,
@@ -491,29 +534,37 @@ def make_scheduler(spec: Spec) -> Scheduler:
     num_trials = spec.tier1.num_trials
     if spec.searcher.name == "grid":
         num_trials = min(num_trials, make_searcher(spec).num_points)
-    scheduler: Scheduler = registry.load("schedulers", spec.tier1.scheduler)(
-        num_trials=num_trials,
-        num_rungs=len(spec.tier1.data_fractions),
-        reduction_factor=spec.tier1.reduction_factor,
-        max_failures=spec.tier1.max_failures,
-        eager=spec.tier1.eager_promotion,
-    )
+    lengths = zip(spec.tier1.data_fractions, spec.rung_epochs(), strict=True)
+    try:
+        scheduler: Scheduler = registry.load("schedulers", spec.tier1.scheduler)(
+            num_trials=num_trials,
+            num_rungs=len(spec.tier1.data_fractions),
+            reduction_factor=spec.tier1.reduction_factor,
+            max_failures=spec.tier1.max_failures,
+            eager=spec.tier1.eager_promotion,
+            costs=tuple(fraction * epochs for fraction, epochs in lengths),
+            warm=spec.tier1.promotion == "warm",
+            **spec.tier1.scheduler_options,
+        )
+    except (TypeError, ValueError) as error:
+        path = "tier1.scheduler_options" if spec.tier1.scheduler_options else "tier1.scheduler"
+        raise SpecError([spec.problem(path, str(error))]) from error
     return scheduler
 
 
-def make_stop_rules(spec: Spec) -> list[StopRule]:
-    """The stop rules that the spec names, with their options.
+def make_rules(spec: Spec, table: Literal["stop_rules", "search_rules"]) -> list[Any]:
+    """The rules that end a job, or tier 1, as the spec names them, with their options.
 
     Raises:
-        SpecError: A rule does not take an option it is given.
+        SpecError: A rule does not take an option it is given, or lacks one.
     """
-    rules: list[StopRule] = []
-    for number, rule in enumerate(spec.tier1.stop_rules):
+    rules = []
+    for number, rule in enumerate(getattr(spec.tier1, table)):
         options = {key: value for key, value in rule.items() if key != "name"}
         try:
-            rules.append(registry.load("stop_rules", rule["name"])(**options))
+            rules.append(registry.load(table, rule["name"])(**options))
         except (TypeError, ValueError) as error:
-            raise SpecError([spec.problem(f"tier1.stop_rules.{number}", str(error))]) from error
+            raise SpecError([spec.problem(f"tier1.{table}.{number}", str(error))]) from error
     return rules
 
 
@@ -522,16 +573,30 @@ def num_kept(spec: Spec) -> int:
     return max(spec.tier2.top_k, spec.verification.top_k)
 
 
-def make_searcher(spec: Spec) -> Any:
-    """The searcher that the spec names."""
+def make_searcher(
+    spec: Spec, earlier: WarmStart | None = None, proxy: ProxyScores | None = None
+) -> Any:
+    """The searcher that the spec names, with what it takes from earlier studies."""
     build = registry.load("searchers", spec.searcher.name)
     if spec.searcher.name in ("random", "grid"):
-        return build(spec.search_space, spec.constraints, spec.seed)
+        searcher = build(spec.search_space, spec.constraints, spec.seed)
+        if proxy is not None and spec.searcher.proxy is not None:
+            searcher = ProxyFilter(searcher, proxy, spec.searcher.proxy)
+        return StartsWith(searcher, earlier.first) if earlier and earlier.first else searcher
+    taken: dict[str, Any] = {}
+    if earlier and earlier.first:
+        taken |= {"first": earlier.first}
+    objectives = [name for name in spec.objectives if name in SEARCHED]
+    if len(objectives) > 1:
+        taken |= {"objectives": objectives}
+    elif earlier and earlier.earlier:
+        taken |= {"earlier": earlier.earlier}
     return build(
         spec.search_space,
         spec.constraints,
         seed=spec.seed,
         num_startup_trials=spec.searcher.num_startup_trials,
+        **taken,
     )
 
 
@@ -571,23 +636,6 @@ def _ray(spec: Spec) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """SIGTERM ends a search as Ctrl-C does: at once, with everything finished in the ledger."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 # --- other things people ask of a study -------------------------------------------------------
 
 
@@ -607,50 +655,15 @@ def report(folder: Path) -> Path:
     return write_report(load_study(folder), folder / "report.html")
 
 
-def describe_environment(command: str = "") -> dict[str, Any]:
-    """Versions, hardware, command and commit, for the ledger."""
-    names = ("llp", "torch", "torchvision", "ray", "optuna", "mlflow", "numpy")
-    found: dict[str, Any] = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return {
-        **found,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "host": platform.node(),
-        "cpus": os.cpu_count(),
-        "gpus": _gpu_names(),
-        "git_commit": _git_commit(),
-        "command": command,
-        "folder": str(Path.cwd()),
-    }
-
-
-def _gpu_names() -> list[str]:
-    import torch
-
-    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-
-
-def _git_commit() -> str | None:
-    """Commit of the folder the search is started in, marked when files differ from it."""
-    try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return f"{commit} (changed)" if changed else commit
-
-
-__all__ = ["CheckReport", "LlpError", "Plan", "check", "plan", "report", "resume", "search"]
+__all__ = [
+    "CheckReport",
+    "LlpError",
+    "Plan",
+    "check",
+    "describe_environment",
+    "interruptible",
+    "plan",
+    "report",
+    "resume",
+    "search",
+]

@@ -246,7 +246,8 @@ class ProgressState:
             return sum(self.expected_on.values())
         asked = self.section({"measure": "tier2", "verify": "verification"}[kind])
         each = self.verification_seeds if kind == "verify" else 1
-        return min(int(asked.get("top_k", 0)), self.num_trials) * each
+        planned = min(int(asked.get("top_k", 0)), self.num_trials) * each
+        return max(planned, len(self.of(kind)))  # a race goes on as long as it must
 
     @property
     def verification_seeds(self) -> int:

@@ -14,11 +14,12 @@ from llp.records import (
     Job,
     JobEnd,
     LearningCurve,
+    Observation,
     StopDecision,
     Verification,
 )
 
-Report = CurvePoint | FlatnessProfile | Verification
+Report = CurvePoint | FlatnessProfile | Verification | Observation
 """What a worker says while it works on a job."""
 
 

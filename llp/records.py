@@ -156,12 +156,14 @@ class StopDecision:
         reason: Short stable word such as `power_law`, `plateau`, `time_limit`; empty when going on.
         predicted_final: Forecast of the rung's final metric, where the rule makes one.
         detail: One sentence with the numbers behind the verdict.
+        needed: The final validation accuracy that the rule says will be missed, where it says so.
     """
 
     stop: bool
     reason: str = ""
     predicted_final: Interval | None = None
     detail: str = ""
+    needed: float | None = None
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,7 @@ class JobEnd:
         seconds: Wall-clock seconds on the worker, likewise.
         peak_memory_bytes: Peak resident (CPU) or allocated (CUDA) memory of the worker.
         device: `cpu`, or the GPU's name.
+        worker: Which process did it: `host pid 123`, with the GPUs it had of that host.
     """
 
     job_id: str
@@ -192,6 +195,7 @@ class JobEnd:
     seconds: float = 0.0
     peak_memory_bytes: int = 0
     device: str = "cpu"
+    worker: str = ""
 
 
 @dataclass(frozen=True)
@@ -241,6 +245,9 @@ class Measurement:
         num_examples: Training examples it was computed on.
         seconds: Wall-clock cost.
         note: Residual, convergence or failure in words.
+        samples: What it added to the cost of the profile, in training examples; metrics share
+            gradients and Hessian products, and the first that needs one pays for it.
+        samples_alone: What it would have cost as the only metric.
     """
 
     name: str
@@ -250,16 +257,23 @@ class Measurement:
     num_examples: int
     seconds: float
     note: str = ""
+    samples: float = math.nan
+    samples_alone: float = math.nan
 
 
 @dataclass(frozen=True)
 class FlatnessProfile:
-    """The tier-2 measurements of one trial, on unaugmented training examples in eval mode."""
+    """The tier-2 measurements of one trial, on unaugmented training examples in eval mode.
+
+    `samples` is the cost of all of them, in training examples; `note` what the budget chose.
+    """
 
     trial_id: str
     measurements: tuple[Measurement, ...]
     seconds: float
     device: str = "cpu"
+    samples: float = math.nan
+    note: str = ""
 
     def __getitem__(self, name: str) -> Measurement:
         for measurement in self.measurements:
@@ -303,6 +317,12 @@ class Verification:
         num_test_examples: Size of the test split.
         samples_seen: Training examples processed.
         seconds: Wall-clock seconds.
+        predictions: What it said about every test image, durable before this record is written:
+            path relative to the study folder; empty when it was not kept.
+        predictions_sha256: Of the bytes of that file.
+        corrupted_validation_accuracy: Mean accuracy over corrupted copies of the validation split;
+            NaN where the experiment does not ask for it.
+        corrupted_test_accuracy: Likewise of the test split.
     """
 
     trial_id: str
@@ -314,6 +334,38 @@ class Verification:
     num_test_examples: int
     samples_seen: int
     seconds: float
+    predictions: str = ""
+    predictions_sha256: str = ""
+    corrupted_validation_accuracy: float = math.nan
+    corrupted_test_accuracy: float = math.nan
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a training callback measured; the training itself goes on as if nothing had been.
+
+    Attributes:
+        callback: A row of `registry.CALLBACKS`.
+        job_id: The job that was watched.
+        trial_id: Its trial.
+        epoch: Completed epochs of the job, 1-based.
+        samples_seen: Training examples processed within the job so far.
+        values: Name -> number; NaN for what could not be measured (see `note`).
+        samples: What it cost, in training examples: gradient equivalents times the examples
+            measured on. Not in the `samples_seen` of any record.
+        seconds: Wall-clock cost.
+        note: Residual, convergence or failure in words.
+    """
+
+    callback: str
+    job_id: str
+    trial_id: str
+    epoch: int
+    samples_seen: int
+    values: Mapping[str, float]
+    samples: int = 0
+    seconds: float = 0.0
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -321,18 +373,144 @@ class Decision:
     """One recorded choice of tier 1, a pure function of the ledger before it.
 
     Attributes:
-        kind: `promote` (to `rung`), `stop` (within `rung`), `retry`, or `new` (a new trial).
-        trial_id: The trial it is about.
-        rung: The rung it is about.
+        kind: `promote` (to `rung`), `stop` (within `rung`), `audit` (a stop that is not carried
+            out, to see whether it would have been right), `retry`, `new` (a new trial),
+            `stops_off` (rules that stop by forecast are not asked any more), or `end` (of tier 1,
+            before the scheduler was done).
+        trial_id: The trial it is about; empty for `stops_off` and `end`.
+        rung: The rung it is about; 0 for `end`.
         reason: Why, in words a user can check against the numbers.
         predicted_final: Forecast behind a stop.
+        needed: Final validation accuracy that a stop says will be missed, where it says so.
     """
 
-    kind: Literal["new", "promote", "stop", "retry"]
+    kind: Literal["new", "promote", "stop", "audit", "retry", "stops_off", "end"]
     trial_id: str
     rung: int
     reason: str = ""
     predicted_final: Interval | None = None
+    needed: float | None = None
+
+
+@dataclass(frozen=True)
+class StopAudit:
+    """How often early stops were wrong, as far as audits tell.
+
+    Attributes:
+        num_stops: Stops by forecast that were carried out.
+        num_audits: Stops that were not carried out, and whose job has ended.
+        num_false: Those of them that reached what the rule said they would miss.
+        rate: Clopper-Pearson interval of the false-stop rate.
+        delta: False-stop rate that the rule promises not to exceed.
+    """
+
+    num_stops: int
+    num_audits: int
+    num_false: int
+    rate: Interval
+    delta: float
+
+
+@dataclass(frozen=True)
+class RankCorrelation:
+    """How a rung orders the trials that a higher one shares with it: those promoted.
+
+    Attributes:
+        lower: The lower rung.
+        higher: The higher rung.
+        num_trials: Trials completed on both.
+        num_promoted: Trials that ended on both, failures left out.
+        num_below: Trials that ended on the lower rung, failures left out.
+        value: Spearman's rank correlation of their validation accuracies, in [-1, 1]; NaN when
+            all tie or there is only one.
+        interval: Its interval; [-1, 1] for too few trials.
+    """
+
+    lower: int
+    higher: int
+    num_trials: int
+    num_promoted: int
+    num_below: int
+    value: float
+    interval: Interval
+
+
+@dataclass(frozen=True)
+class ProxyScore:
+    """What a training-free proxy said of a configuration.
+
+    Attributes:
+        name: The proxy.
+        value: Larger is better; -inf (NaN after the ledger) where it could not be computed.
+        filtered: Whether the configuration was the best of several by it, or drawn for comparison.
+    """
+
+    name: str
+    value: float
+    filtered: bool
+
+
+@dataclass(frozen=True)
+class EarlierResult:
+    """A configuration of an earlier study and how it did on that study's lowest rung.
+
+    Attributes:
+        study: Name of the study.
+        trial_id: Its trial there.
+        hyperparameters: The configuration in the present search space.
+        value: Validation accuracy at the end of the rung, in [0, 1].
+        comparable: Whether the rung had the data, network and budget of the first rung here.
+    """
+
+    study: str
+    trial_id: str
+    hyperparameters: Mapping[str, HyperparameterValue]
+    value: float
+    comparable: bool
+
+
+@dataclass(frozen=True)
+class RaceLook:
+    """One look of the race over seeds; the test is in `scoring.racing`.
+
+    Attributes:
+        num_seeds: Full trainings of each configuration in the race so far.
+        leader: The one with the best mean validation accuracy; empty when none is left.
+        racing: Those still in the race after this look, the leader among them.
+        out: Those that this look takes out -> why.
+        settled: Whether the race is over because its order is settled.
+        margin: Difference in accuracy that counts as none.
+        behind: Mean accuracy of the leader minus that of each other one.
+        ahead_at_most: Upper bound of the true mean of each other one minus the leader's.
+    """
+
+    num_seeds: int
+    leader: str
+    racing: tuple[str, ...]
+    out: Mapping[str, str]
+    settled: bool
+    margin: float
+    behind: Mapping[str, float] = field(default_factory=dict)
+    ahead_at_most: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ParetoFront:
+    """Configurations that no other one beats in several objectives, all minimised.
+
+    Attributes:
+        names: The objectives.
+        rung: Where they were compared; 0: after full training.
+        values: Trial id -> objective -> value; NaN when unknown.
+        front: Trial ids that nothing dominates, best in the first objective first.
+        covered: Hypervolume of the front as a share of the box of all trials; NaN without one.
+    """
+
+    names: tuple[str, ...]
+    rung: int
+    values: Mapping[str, Mapping[str, float]]
+    front: tuple[str, ...]
+    covered: float
 
 
 @dataclass(frozen=True)
@@ -369,6 +547,8 @@ class ScoreReport:
         sentence: Whether flatness helped here, made from the numbers.
         ablation: One row per way of ranking; empty when there is nothing to compare with.
         ties: Groups of trial ids that cannot be told apart.
+        dropped: Tier-2 metrics that are too noisy to be used: their typical standard error exceeds
+            half of their spread between configurations.
     """
 
     preset: str
@@ -377,6 +557,7 @@ class ScoreReport:
     sentence: str
     ablation: tuple[AblationRow, ...] = ()
     ties: tuple[tuple[str, ...], ...] = ()
+    dropped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -419,6 +600,11 @@ class SearchResult:
         environment: Versions, hardware, command, git commit.
         started: Unix time of the first event.
         finished: Unix time of the last event.
+        race: Looks of the race over seeds; empty without one.
+        proxies: Trial id -> training-free proxy, with such a filter; and whether it was filtered.
+        fronts: Pareto fronts, with several objectives; at a rung, then of the full trainings.
+        stop_audit: How often early stops were wrong; None where none was audited.
+        rank_correlations: How rungs ordered the trials they share, for pairs that share any.
     """
 
     study_id: str
@@ -437,6 +623,11 @@ class SearchResult:
     environment: Mapping[str, Any]
     started: float
     finished: float
+    race: tuple[RaceLook, ...] = ()
+    fronts: tuple[ParetoFront, ...] = ()
+    proxies: Mapping[str, ProxyScore] = field(default_factory=dict)
+    stop_audit: StopAudit | None = None
+    rank_correlations: tuple[RankCorrelation, ...] = ()
 
 
 Record = TypeVar("Record")

@@ -100,6 +100,14 @@ MODELS: dict[str, Entry] = {
     ),
 }
 
+_BASE: dict[str, Any] = {
+    "base": "sgd",  # the optimizer around which another is; None below: its own default
+    "momentum": None,
+    "nesterov": None,
+    "beta1": None,
+    "beta2": None,
+    "epsilon": None,
+}
 OPTIMIZERS: dict[str, Entry] = {
     "sgd": Entry(
         "llp.optim:sgd", "stochastic gradient descent", {"momentum": 0.9, "nesterov": False}
@@ -111,6 +119,69 @@ OPTIMIZERS: dict[str, Entry] = {
         "llp.optim:adamw",
         "Adam with decoupled weight decay",
         {"beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8},
+    ),
+    "muon": Entry(
+        "llp.optim.muon:muon",
+        "orthogonalised momentum on hidden matrices, AdamW on the rest",
+        {
+            "momentum": 0.95,
+            "nesterov": True,
+            "newton_schulz_steps": 5,
+            "beta1": 0.9,
+            "beta2": 0.999,
+            "epsilon": 1e-8,
+        },
+    ),
+    "sam": Entry(
+        "llp.optim.sam:sam",
+        "sharpness-aware minimization: the gradient at the worst point nearby",
+        {"rho": 0.05, **_BASE},
+    ),
+    "asam": Entry(
+        "llp.optim.sam:asam",
+        "SAM in a ball that scales with the weights",
+        {"rho": 0.5, "eta": 0.01, **_BASE},
+    ),
+    "entropy_sgd": Entry(
+        "llp.optim.entropy_sgd:entropy_sgd",
+        "down the local entropy: a chain of Langevin steps estimates each gradient",
+        {
+            "inner_steps": 5,
+            "gamma": 3.0,
+            "gamma_growth": 1e-4,
+            "inner_learning_rate": 0.1,
+            "noise": 1e-4,
+            "mean_weight": 0.25,
+            **_BASE,
+        },
+    ),
+    "talt": Entry(
+        "llp.optim.talt:talt",
+        "damps steep directions and speeds up along valleys, both found in recent gradients",
+        {
+            "smoothing_factor": 0.5,
+            "valley_strength": 1.0,
+            "projection_dimension": 32,
+            "num_directions": 4,
+            "decay": 0.9,
+            "update_interval": 10,
+            "min_size": 1024,
+            **_BASE,
+        },
+    ),
+}
+
+AVERAGINGS: dict[str, Entry] = {
+    "none": Entry("llp.optim.averaging:none", "the weights themselves"),
+    "swa": Entry(
+        "llp.optim.averaging:swa",
+        "stochastic weight averaging at a constant learning rate over the last part",
+        {"swa_start": 0.75, "swa_learning_rate": 0.5, "swa_averages": 32},
+    ),
+    "ema": Entry(
+        "llp.optim.averaging:ema",
+        "exponential moving average of the weights",
+        {"ema_decay": 0.999},
     ),
 }
 
@@ -127,10 +198,28 @@ AUGMENTATIONS: dict[str, Entry] = {
     "cutout": Entry("llp.workloads.augment:cutout", "one square of 1/4 of the side set to zero"),
 }
 
+CORRUPTIONS: dict[str, Entry] = {
+    "gaussian_noise": Entry("llp.workloads.corruptions:gaussian_noise", "noise on every pixel"),
+    "gaussian_blur": Entry("llp.workloads.corruptions:gaussian_blur", "Gaussian blur"),
+    "contrast": Entry("llp.workloads.corruptions:contrast", "less contrast"),
+    "brightness": Entry("llp.workloads.corruptions:brightness", "all channels brighter"),
+    "jpeg": Entry("llp.workloads.corruptions:jpeg", "JPEG at lower quality"),
+    "pixelate": Entry("llp.workloads.corruptions:pixelate", "coarse pixels"),
+    "shift": Entry("llp.workloads.corruptions:shift", "moved, the border repeated"),
+}
+
 SCHEDULERS: dict[str, Entry] = {
     "asha": Entry("llp.probing.promotion:Asha", "asynchronous successive halving with promotion"),
     "hyperband": Entry("llp.probing.promotion:Hyperband", "exact Hyperband brackets"),
     "median": Entry("llp.probing.promotion:Median", "up a rung while not worse than the median"),
+    "freeze_thaw": Entry(
+        "llp.probing.freeze_thaw:FreezeThaw",
+        "the largest expected improvement per cost goes on, by forecasts of the full result",
+        {"wave": 27, "least_gain": 3.0, "budget": 0.0},
+    ),
+    "pasha": Entry(
+        "llp.probing.growth:Pasha", "ASHA whose top rung grows only while rungs disagree"
+    ),
     "fifo": Entry("llp.probing.promotion:Fifo", "no early stopping: every trial on the top rung"),
 }
 
@@ -141,16 +230,68 @@ SEARCHERS: dict[str, Entry] = {
     "grid": Entry("llp.spec.domains:GridSearch", "every combination of the listed values"),
 }
 
+PROXIES: dict[str, Entry] = {
+    "gradient_norm": Entry(
+        "llp.training.proxies:gradient_norm", "norm of the gradient before the first step"
+    ),
+    "activation_diversity": Entry(
+        "llp.training.proxies:activation_diversity",
+        "how differently images set the rectifiers (NASWOT)",
+    ),
+    "jacobian_spectrum": Entry(
+        "llp.training.proxies:jacobian_spectrum",
+        "how different the input gradients of images are (jacob_cov)",
+    ),
+}
+
 STOP_RULES: dict[str, Entry] = {
     "power_law": Entry(
         "llp.probing.stopping:PowerLaw",
         "stops when the forecast of the rung's end is clearly below what would be promoted",
         {"min_points": 4, "confidence": 0.95, "min_finished": 2, "min_spread": 0.005},
     ),
+    "forecast": Entry(
+        "llp.probing.stopping:CurveForecast",
+        "stops when the fitted, corrected forecast gives promotion a probability below delta",
+        {
+            "delta": 0.05,
+            "min_points": 4,
+            "min_finished": 4,
+            "min_correlation": 0.5,
+            "margin": 0.005,
+            "prior": "",
+        },
+    ),
     "plateau": Entry(
         "llp.probing.stopping:Plateau",
         "stops when the validation loss has not improved for a share of the rung",
         {"patience_fraction": 0.5, "min_points": 4},
+    ),
+    "divergence": Entry(
+        "llp.probing.stopping:Divergence",
+        "stops when the training loss has blown up, or is back where it began",
+        {"factor": 3.0, "patience": 2, "learned": 0.8},
+    ),
+}
+
+SEARCH_RULES: dict[str, Entry] = {
+    "time": Entry(
+        "llp.probing.search_stopping:Time", "ends tier 1 after so many seconds", {"seconds": 0.0}
+    ),
+    "cost": Entry(
+        "llp.probing.search_stopping:Samples",
+        "ends tier 1 when its jobs have seen so many training examples",
+        {"samples": 0.0},
+    ),
+    "target": Entry(
+        "llp.probing.search_stopping:Target",
+        "ends tier 1 when a trial ends the highest rung with this validation accuracy",
+        {"accuracy": 0.0},
+    ),
+    "no_gain": Entry(
+        "llp.probing.search_stopping:NoGain",
+        "ends tier 1 when probably nothing to come beats the best by more than a margin",
+        {"margin": 0.002, "delta": 0.05, "min_finished": 2, "min_trials": 8},
     ),
 }
 
@@ -169,9 +310,30 @@ METRICS: dict[str, Entry] = {
     "hessian_trace": Entry(
         "llp.flatness.metrics:hessian_trace", "Hutchinson estimate of the trace"
     ),
+    "adaptive_trace": Entry(
+        "llp.flatness.metrics:adaptive_trace", "sum of w^2 H_ii, free of layer scales"
+    ),
+    "noise_sigma": Entry(
+        "llp.flatness.metrics:noise_sigma",
+        "relative Gaussian noise at which the loss has risen by a fixed amount",
+    ),
+    "calibration_error": Entry(
+        "llp.flatness.confidence:calibration_error", "expected calibration error (free)"
+    ),
+    "mean_entropy": Entry("llp.flatness.confidence:mean_entropy", "entropy of predictions (free)"),
+    "confidence_gap": Entry(
+        "llp.flatness.confidence:confidence_gap", "mean confidence minus accuracy (free)"
+    ),
     "swa_gain": Entry(
         "llp.flatness.refinements:swa_gain",
         "validation gain of a short stochastic-weight-averaging continuation",
+    ),
+    "sam_gain": Entry(
+        "llp.flatness.refinements:sam_gain", "validation gain of a short continuation with SAM"
+    ),
+    "entropy_sgd_gain": Entry(
+        "llp.flatness.refinements:entropy_sgd_gain",
+        "validation gain of a short continuation with Entropy-SGD",
     ),
 }
 
@@ -181,17 +343,125 @@ PRESETS: dict[str, Entry] = {
     "llp": Entry("llp.scoring.score:score", "validation accuracy - 0.1 x sharpness"),
 }
 
+CALLBACKS: dict[str, Entry] = {
+    "curvature": Entry(
+        "llp.flatness.tracking:Curvature",
+        "top Hessian eigenvalues, trace and gradient norm every few epochs",
+        {
+            "every": 5,
+            "jobs": "all",
+            "num_eigenvalues": 2,
+            "num_examples": 256,
+            "batch_size": 256,
+            "tolerance": 0.01,
+            "num_probes": 4,
+        },
+    ),
+    "checkpoints": Entry(
+        "llp.training.callbacks:Checkpoints",
+        "keeps the weights every few epochs",
+        {"every": 1, "jobs": "all", "optimizer": False},
+    ),
+    "optimizer_log": Entry(
+        "llp.training.optimizer_log:OptimizerLog",
+        "keeps what the optimizer noted (TALT: valleys, spectra, norms) for its pictures",
+        {"every": 1_000_000, "jobs": "verify"},
+    ),
+}
+
+SHARPNESS_MEASURES: dict[str, Entry] = {
+    "sam": Entry("llp.landscape.sharpness:sam", "rise one SAM step uphill", {"rho": 0.05}),
+    "asam": Entry(
+        "llp.landscape.sharpness:asam", "rise one ASAM step uphill", {"rho": 0.5, "eta": 0.0}
+    ),
+    "m_sharpness": Entry(
+        "llp.landscape.sharpness:m_sharpness",
+        "mean over groups of m examples of SAM's rise on each",
+        {"m": 128, "rho": 0.05, "adaptive": False},
+    ),
+    "worst_case": Entry(
+        "llp.landscape.sharpness:worst_case",
+        "largest rise in a ball, by projected ascent",
+        {"rho": 0.05, "norm": "l2", "adaptive": False, "num_steps": 20, "num_restarts": 1},
+    ),
+    "epsilon_box": Entry(
+        "llp.landscape.sharpness:epsilon_box",
+        "Keskar's largest rise in a box, in percent of 1 + loss",
+        {"epsilon": 1e-3, "num_steps": 20, "num_restarts": 1},
+    ),
+    "noise": Entry(
+        "llp.landscape.sharpness:noise",
+        "mean rise under Gaussian noise, relative to each weight or not",
+        {"sigma": 0.05, "num_draws": 8, "relative": True},
+    ),
+    "noise_sigma": Entry(
+        "llp.landscape.sharpness:noise_sigma",
+        "noise at which the loss has risen by `rise`; larger is flatter",
+        {"rise": 0.1, "num_draws": 8, "relative": True},
+    ),
+    "local_entropy": Entry(
+        "llp.landscape.sharpness:local_entropy",
+        "log volume of low loss around the weights; hundreds of gradients",
+        {"gamma": 1e3, "temperature": 1.0, "num_chains": 4, "num_nodes": 6, "num_steps": 20},
+    ),
+    "gradient_norm": Entry("llp.landscape.sharpness:gradient_norm", "norm of the full gradient"),
+    "adaptive_trace": Entry(
+        "llp.landscape.sharpness:adaptive_trace",
+        "sum of |w| H |w|, free of layer scales",
+        {"relative_error": 0.05, "max_probes": 200},
+    ),
+    "relative_flatness": Entry(
+        "llp.landscape.sharpness:relative_flatness",
+        "relative flatness of the last linear layer, free of layer scales",
+        {"layer": "", "relative_error": 0.05, "max_probes": 200},
+    ),
+}
+
+ANALYSES: dict[str, Entry] = {
+    "spectrum": Entry(
+        "llp.analyses.spectrum:spectrum", "both ends of the Hessian's spectrum, trace, density"
+    ),
+    "sharpness": Entry("llp.analyses.sharpness:sharpness", "rises of the loss near the weights"),
+    "lines": Entry("llp.analyses.planes:lines", "loss and accuracy along lines"),
+    "surfaces": Entry("llp.analyses.planes:surfaces", "loss and accuracy on planes"),
+    "trajectory": Entry(
+        "llp.analyses.trajectory:trajectory", "the path of the training in its main plane"
+    ),
+    "connectivity": Entry(
+        "llp.analyses.connectivity:connectivity", "barrier and curve to an independent training"
+    ),
+    "ranks": Entry(
+        "llp.analyses.depth:depth", "ranks of weights and features, dead and dormant units"
+    ),
+    "smoothness": Entry(
+        "llp.analyses.smoothness:smoothness", "loss and gradient some way along the gradient"
+    ),
+    "confidence": Entry(
+        "llp.analyses.confidence:confidence", "calibration error, confidence against accuracy"
+    ),
+    "jacobian": Entry(
+        "llp.analyses.jacobian:jacobian", "rank of the Jacobian of layers by a part of the input"
+    ),
+}
+
 TABLES: dict[str, dict[str, Entry]] = {
     "datasets": DATASETS,
     "models": MODELS,
     "optimizers": OPTIMIZERS,
+    "averagings": AVERAGINGS,
     "schedules": SCHEDULES,
     "augmentations": AUGMENTATIONS,
+    "corruptions": CORRUPTIONS,
     "schedulers": SCHEDULERS,
     "searchers": SEARCHERS,
+    "proxies": PROXIES,
     "stop_rules": STOP_RULES,
+    "search_rules": SEARCH_RULES,
     "metrics": METRICS,
     "presets": PRESETS,
+    "callbacks": CALLBACKS,
+    "sharpness_measures": SHARPNESS_MEASURES,
+    "analyses": ANALYSES,
 }
 
 
@@ -254,7 +524,8 @@ def options(table: str, name: str) -> dict[str, Any]:
 
     Every named parameter counts as an option, except those that `llp` gives itself: `root` and
     `download` of datasets, `channels`, `image_size` and `num_classes` of models, `parameters`,
-    `learning_rate` and `weight_decay` of optimizers. The default is None where there is none.
+    `learning_rate` and `weight_decay` of optimizers, `model` and `num_steps` of averagings. The
+    default is None where there is none.
     """
     entry = find(table, name)
     if entry.options or name in TABLES[table]:
@@ -263,5 +534,7 @@ def options(table: str, name: str) -> dict[str, Any]:
     return {
         p.name: None if p.default is p.empty else p.default
         for p in parameters
-        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in GIVEN
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        and p.name not in GIVEN
+        and not (table == "averagings" and p.name in ("model", "num_steps"))
     }

@@ -9,12 +9,13 @@ import errno
 import sys
 import traceback
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from llp.errors import LlpError, SpecError
+from llp.errors import DataError, LlpError, SpecError
 
 EPILOG = """Exit codes:
   0  done;
@@ -23,7 +24,9 @@ EPILOG = """Exit codes:
   3  the search ended and no trial succeeded;
   4  the machine or the study folder does not allow it;
   5  the search is done but MLflow has not received all of it: llp sync;
-130  interrupted, everything finished is saved: llp resume."""
+130  interrupted or stopped, everything finished is saved: llp resume;
+137  of a followed job: killed from outside (128 + signal), the same.
+Commands that follow a job of a cluster end with its exit code."""
 
 BUG = "This is a bug in llp. Please report it with the lines above and the output of `llp doctor`."
 
@@ -84,6 +87,35 @@ def emit(event: Mapping[str, Any]) -> None:
     from llp.display import write_line
 
     write_line(sys.stdout, event)
+
+
+def make_folder(path: Path) -> None:
+    """Makes the folder that results will go into; before they are computed.
+
+    Raises:
+        DataError: It cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot write into the folder {path}: {error.strerror}") from error
+
+
+def make_place(path: Path) -> None:
+    """Makes the folder of a file to be written, and tries the file; before it is computed.
+
+    Raises:
+        DataError: The file cannot be written.
+    """
+    make_folder(path.parent)
+    there = path.exists()
+    try:
+        with path.open("ab"):
+            pass
+        if not there:
+            path.unlink()
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror}") from error
 
 
 def explain(error: LlpError) -> None:

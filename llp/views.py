@@ -18,15 +18,15 @@ from rich.table import Table
 from rich.text import Text
 
 from llp.display import block, printable, put, settings
-from llp.errors import StudyError, unknown
 from llp.reporting import formats, yaml_text
 from llp.reporting.study import Verified, verified
+from llp.tracking.choice import find_trial as find_trial
 
 if TYPE_CHECKING:
     from llp.doctor import Check
     from llp.pipeline import CheckReport, Plan
     from llp.progress import ProgressState
-    from llp.records import GeneralizationScore, SearchResult
+    from llp.records import Decision, GeneralizationScore, SearchResult
     from llp.registry import Entry
     from llp.spec.schema import Spec
     from llp.tracking.ledger import StudySummary
@@ -38,13 +38,20 @@ PLACES = {
     "datasets": "dataset.name, or your own my_package:load",
     "models": "model.name, or your own my_package:build_model",
     "optimizers": "training.optimizer, or your own my_package:my_optimizer",
-    "metrics": "tier2.metrics; swa_gain in tier2.refinements",
+    "averagings": "training.averaging",
+    "metrics": "tier2.metrics; swa_gain, sam_gain, entropy_sgd_gain in tier2.refinements",
+    "corruptions": "verification.corrupted",
     "schedulers": "tier1.scheduler",
     "searchers": "searcher.name",
+    "proxies": "searcher.proxy.name",
     "schedules": "training.schedule",
     "stop_rules": "tier1.stop_rules",
+    "search_rules": "tier1.search_rules",
     "augmentations": "training.augmentation",
     "presets": "score.preset",
+    "callbacks": "training.callbacks",
+    "analyses": "analyses of a landscape file, or `llp landscape --only`",
+    "sharpness_measures": "sharpness.measures of a landscape file",
 }
 """Table of names -> where an experiment file uses them."""
 
@@ -102,7 +109,11 @@ def show_plan(plan: Plan, spec: Spec, out: Console, report: CheckReport | None =
     put(out, table)
     total = plan.samples_tier1 + plan.samples_tier2 + plan.samples_verification
     share = 100 * total / max(plan.samples_full_search, 1)
-    top, seeds = min(spec.verification.top_k, plan.num_trials), spec.verification.num_seeds
+    verification = spec.verification
+    top, seeds = min(verification.top_k, plan.num_trials), verification.num_seeds
+    each = f"{formats.plural(seeds, 'seed')} each"
+    if verification.race:
+        each = f"{seeds} to {verification.max_seeds} seeds each, until the order is settled"
     facts = [
         (
             "tier 1",
@@ -117,7 +128,7 @@ def show_plan(plan: Plan, spec: Spec, out: Console, report: CheckReport | None =
         (
             "verification",
             f"{formats.amount(plan.samples_verification)} samples: full training of the best "
-            f"{formats.plural(top, 'configuration')}, {formats.plural(seeds, 'seed')} each",
+            f"{formats.plural(top, 'configuration')}, {each}",
         ),
         (
             "in all",
@@ -262,37 +273,6 @@ def _score(score: GeneralizationScore) -> str:
 # A trial
 
 
-def find_trial(result: SearchResult, wanted: str) -> str:
-    """The id of the trial called `wanted`: an id, `winner`, or `best` (so far).
-
-    Raises:
-        StudyError: There is none.
-    """
-    known = [trial.trial.trial_id for trial in result.trials]
-    if wanted == "winner":
-        if result.winner is None:
-            raise StudyError(f"{result.study_id} has no winner yet; try `best`")
-        return result.winner
-    if wanted == "best":
-        if result.winner is not None:
-            return result.winner
-        if result.score_report and result.score_report.scores:
-            return result.score_report.scores[0].trial_id
-        tops = {
-            trial.trial.trial_id: trial.last.validation_accuracy
-            for trial in result.trials
-            if trial.last is not None and trial.outcome == "completed"
-        }
-        if not tops:
-            raise StudyError(f"no trial of {result.study_id} has finished a rung yet")
-        return max(tops, key=lambda trial_id: tops[trial_id])
-    if wanted not in known:
-        raise StudyError(
-            f"{result.study_id}: {unknown('trial', wanted, [*known, 'best', 'winner'])}"
-        )
-    return wanted
-
-
 def about_trial(result: SearchResult, trial_id: str) -> dict[str, Any]:
     """All that the study knows of one trial."""
     scores = result.score_report.scores if result.score_report else ()
@@ -303,10 +283,21 @@ def about_trial(result: SearchResult, trial_id: str) -> dict[str, Any]:
         "rungs": result.rungs,
         "trial": next(t for t in result.trials if t.trial.trial_id == trial_id),
         "decisions": [d for d in result.decisions if d.trial_id == trial_id],
+        "early_stopping": next((d.reason for d in result.decisions if d.kind == "stops_off"), ""),
         "profile": next((p for p in result.profiles if p.trial_id == trial_id), None),
         "score": next((s for s in scores if s.trial_id == trial_id), None),
         "verifications": [v for v in result.verifications if v.trial_id == trial_id],
     }
+
+
+def _decision(decision: Decision) -> str:
+    """One line: what was decided, why, and the accuracy that was forecast then."""
+    text = f"  {decision.kind:7} rung {decision.rung}  {decision.reason}"
+    forecast = decision.predicted_final
+    if forecast is None:
+        return text
+    low, high = formats.percent(forecast.low), formats.percent(forecast.high)
+    return f"{text}  (forecast {low} to {high})"
 
 
 def show_trial(about: Mapping[str, Any], out: Console) -> None:
@@ -323,16 +314,31 @@ def show_trial(about: Mapping[str, Any], out: Console) -> None:
         _lines(out, "failure", style="bold")
         _lines(out, *(f"  {line}" for line in trial.failure.strip().splitlines()))
     _show_curves(trial.curves, out)
+    if about.get("full_training"):
+        mean, interval = about["full_training"]
+        ends = formats.percent(interval.low), formats.percent(interval.high)
+        _lines(
+            out,
+            f"full training: forecast accuracy {formats.percent(mean)} "
+            f"({100 * interval.level:.0f} % interval {ends[0]} to {ends[1]})",
+        )
     _lines(out, "decisions", style="bold")
-    _lines(out, *(f"  {d.kind:7} rung {d.rung}  {d.reason}" for d in about["decisions"]))
+    _lines(out, *(_decision(d) for d in about["decisions"]))
+    if about["early_stopping"]:
+        _lines(out, f"early stopping went off in this study: {about['early_stopping']}")
     if about["profile"]:
         _lines(out, "landscape", style="bold")
-        table = _table("measurement", "value", "standard error", "examples", "time", "note")
+        table = _table("measurement", "value", "standard error", "examples", "cost", "time", "note")
         for m in about["profile"].measurements:
             value, error = formats.number(m.value), formats.number(m.standard_error)
             seconds = formats.duration(m.seconds)
-            _row(table, m.name, value, error, formats.count(m.num_examples), seconds, m.note)
+            counts = formats.count(m.num_examples), formats.count(m.samples)
+            _row(table, m.name, value, error, *counts, seconds, m.note)
         put(out, table)
+        if about["profile"].note:
+            _lines(
+                out, f"  {about['profile'].note}; cost {formats.count(about['profile'].samples)}"
+            )
     if about["score"]:
         score = about["score"]
         _lines(out, f"score {_score(score)}, preset {score.preset}", style="bold")

@@ -26,8 +26,27 @@ MAY_IMPORT: dict[str, set[str]] = {
     "scoring": BASE,
     "cluster": BASE | {"spec", "probing"},
     "tracking": BASE,
-    "reporting": BASE,
+    "comparing": BASE,
+    "reporting": BASE | {"comparing"},
     "driver": BASE | {"probing", "tracking"},
+    "surroundings": set(),
+    "full_training": BASE
+    | {
+        "analysis",
+        "driver",
+        "reporting",
+        "spec",
+        "surroundings",
+        "tracking",
+        "training",
+        "workloads",
+    },
+    "proxy_filter": BASE | {"driver", "spec"},
+    "objectives": BASE | {"driver", "scoring", "spec"},
+    "earlier_trials": BASE | {"spec", "tracking"},
+    "meta_start": BASE | {"earlier_trials", "probing", "spec", "tracking"},
+    "warm_start": BASE | {"driver", "earlier_trials", "meta_start", "spec"},
+    "verification": BASE | {"driver", "scoring", "spec", "training"},
     "worker": BASE | {"spec", "workloads", "training", "flatness"},
     "pipeline": BASE
     | {
@@ -42,6 +61,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         "tracking",
         "reporting",
         "driver",
+        "surroundings",
+        "verification",
+        "warm_start",
+        "objectives",
+        "proxy_filter",
     },
     "api": BASE
     | {
@@ -59,9 +83,71 @@ MAY_IMPORT: dict[str, set[str]] = {
     "display": BASE | {"progress", "reporting"},
     "views": BASE | {"spec", "tracking", "reporting", "progress", "display", "doctor", "pipeline"},
     "shell": BASE | {"spec", "display"},
+    "cluster_commands": BASE | {"spec", "cluster", "shell"},
+    "analyses": BASE | {"spec", "landscape", "workloads", "training", "tracking"},
+    "analysis": BASE
+    | {"analyses", "spec", "landscape", "training", "cluster", "tracking", "reporting"},
+    "landscape_commands": BASE | {"analysis", "landscape_progress", "spec", "shell", "reporting"},
+    "landscape_progress": BASE | {"shell", "display", "reporting"},
+    "train_commands": BASE | {"full_training", "reporting", "shell", "spec", "tracking"},
     "doctor": BASE | {"spec", "tracking", "pipeline"},
+    "matrix": BASE | {"spec", "workloads", "cluster", "pipeline", "tracking", "reporting"},
+    "evidence": BASE
+    | {
+        "evidence_numbers",
+        "evidence_strategies",
+        "matrix",
+        "spec",
+        "scoring",
+        "tracking",
+        "reporting",
+    },
+    "evidence_numbers": BASE | {"scoring", "reporting"},
+    "evidence_strategies": BASE | {"reporting"},
+    "evidence_command": BASE | {"evidence", "matrix", "matrix_command", "spec", "shell"},
+    "batch_worker": BASE | {"spec", "training", "worker", "workloads"},
+    "batch_results": BASE | {"comparing", "reporting", "tracking"},
+    "batch": BASE
+    | {
+        "batch_results",
+        "batch_worker",
+        "cluster",
+        "driver",
+        "pipeline",
+        "spec",
+        "tracking",
+        "workloads",
+    },
+    "batch_command": BASE | {"batch", "batch_results", "shell", "spec", "tracking"},
+    "matrix_command": BASE | {"matrix", "shell", "views", "display"},
+    "curve_files": BASE | {"probing"},
+    "score_tables": BASE | {"scoring", "spec", "tracking"},
+    "score_commands": BASE | {"score_tables", "scoring", "shell"},
+    "simulation": BASE | {"curve_files", "probing", "driver"},
+    "simulate_command": BASE | {"simulation", "probing", "shell"},
+    "full_forecast": BASE | {"probing"},
+    "curve_commands": BASE | {"curve_files", "probing", "shell"},
     "cli": BASE
-    | {"spec", "tracking", "pipeline", "progress", "display", "views", "shell", "doctor"},
+    | {
+        "spec",
+        "tracking",
+        "pipeline",
+        "progress",
+        "display",
+        "views",
+        "shell",
+        "doctor",
+        "cluster_commands",
+        "landscape_commands",
+        "train_commands",
+        "curve_commands",
+        "score_commands",
+        "full_forecast",
+        "evidence_command",
+        "simulate_command",
+        "matrix_command",
+        "batch_command",
+    },
 }
 HEAVY = {"torch", "torchvision", "ray", "mlflow", "optuna", "sklearn", "pandas", "scipy"}
 FORBIDDEN_OUTSIDE: dict[str, set[str]] = {
@@ -72,6 +158,7 @@ FORBIDDEN_OUTSIDE: dict[str, set[str]] = {
     "spec": HEAVY,
     "probing": HEAVY - {"scipy"},
     "scoring": {"torch", "ray", "mlflow", "optuna"},
+    "comparing": {"torch", "ray", "mlflow", "optuna"},
     "reporting": {"torch", "ray", "mlflow", "optuna"},
     "landscape": HEAVY - {"torch", "scipy"},
     "optim": HEAVY - {"torch"},
@@ -120,9 +207,16 @@ def test_heavy_libraries_stay_where_they_belong(path):
 
 def test_each_outside_engine_has_one_door():
     doors = {
-        "ray": {"llp/cluster/ray_tune.py", "llp/cluster/searchers.py"},
+        "ray": {
+            "llp/cluster/ray_tune.py",
+            "llp/cluster/searchers.py",
+            "llp/cluster/jobs.py",
+            "llp/cluster/submission.py",
+            "llp/cluster/landscape_points.py",
+            "llp/simulation/peers.py",
+        },
         "mlflow": {"llp/tracking/mlflow_tracker.py"},
-        "optuna": {"llp/cluster/searchers.py"},
+        "optuna": {"llp/cluster/searchers.py", "llp/simulation/peers.py"},
     }
     for library, allowed in doors.items():
         users = {
@@ -134,7 +228,16 @@ def test_each_outside_engine_has_one_door():
 
 
 def test_the_command_line_imports_nothing_heavy_at_the_top():
-    for name in ("cli", "shell", "views", "display", "progress", "doctor"):
+    light = (
+        "cli",
+        "batch_command",
+        "cluster_commands",
+        "landscape_commands",
+        "shell",
+        "views",
+        "display",
+    )
+    for name in (*light, "progress", "doctor", "batch_command"):
         roots = {n.split(".")[0] for n in imports(PACKAGE / f"{name}.py", top_level_only=True)}
         assert not roots & (HEAVY | {"numpy", "matplotlib", "pydantic"}), name
 

@@ -515,6 +515,12 @@ def test_export_writes_tables_and_prints_where(run, study, place, format):
     assert all(os.path.getsize(path) for path in paths)
 
 
+def test_options_of_a_report_matrix_are_named_beside_a_study(run, study):
+    done = run("report", STUDY, "--only", "x", "--json")
+    assert done.exit_code == 2
+    assert "Invalid value for --only, --json" in done.output
+
+
 def test_report_prints_its_path(run, study, street):
     assert run("report").stdout.strip() == f"llp_studies/{STUDY}/report.html"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import socket
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -113,6 +114,15 @@ def test_outcomes_are_values(tmp_path):
     assert ends["j1"].outcome == "diverged"
     assert ends["j2"].outcome == ends["j3"].outcome == "completed"
     assert [type(r) for j, r in source.reports if j == "j2"][-1] is Verification
+
+
+def test_the_ledger_is_told_which_process_did_a_job_also_a_stopped_one(tmp_path):
+    for stop_at in (None, 2):
+        source = Listed(["fine"] * 3, stop_at=stop_at)
+        run(source, tmp_path)
+        pids = {job_id: int(report.train_loss) for job_id, report in source.reports}
+        workers = {job.job_id: end.worker for job, end in source.ends}
+        assert workers == {job: f"{socket.gethostname()} pid {pid}" for job, pid in pids.items()}
 
 
 def test_a_killed_worker_is_reported_and_the_rest_goes_on(tmp_path):

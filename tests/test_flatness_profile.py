@@ -19,13 +19,13 @@ from llp import landscape, registry
 from llp.errors import SpecError
 from llp.flatness import refinements
 from llp.flatness.context import MetricContext
-from llp.flatness.metrics import measured_names
+from llp.flatness.metrics import GAINS, measured_names
 from llp.flatness.profile import CallableFlatnessObjective, FlatnessObjective, measure
 from llp.landscape.parameters import same_bits
 from llp.protocols import Objective
 from llp.records import CheckpointRef, FlatnessProfile, Job, JobEnd, Rung, Trial, to_plain
 from llp.spec.schema import Spec, Tier2Spec
-from llp.training import checkpoint
+from llp.training import checkpoint, loop
 from llp.training.python_objective import CallableObjective
 from llp.training.recipe import Recipe
 from llp.workloads import load
@@ -41,7 +41,7 @@ def spec(**tier2: Any) -> Spec:
         model={"name": "convnet", "options": {"width": 4}},
         training={"batch_size": 32, "label_smoothing": 0.1, "learning_rate": 0.05},
         search_space={"weight_decay": [1e-4, 1e-3]},
-        tier2={"num_examples": 100, "batch_size": 40, "num_probes": 4, **tier2},
+        tier2={"num_examples": 100, "batch_size": 40, "num_probes": 4, "budget": 0, **tier2},
     )
 
 
@@ -111,7 +111,7 @@ def test_every_row_measures_a_checkpoint_and_leaves_the_process_as_it_was(
     assert [m.name for m in profile.measurements] == measured_names(row, options.tier2)
     for measurement in profile.measurements:
         assert math.isfinite(measurement.value), measurement
-        assert measurement.num_examples == (len(images.validation) if row == "swa_gain" else 100)
+        assert measurement.num_examples == (len(images.validation) if row in GAINS else 100)
         assert measurement.seconds > 0
         if row != "hessian_eigenvalues":
             assert measurement.standard_error >= 0
@@ -124,7 +124,7 @@ def test_every_row_measures_a_checkpoint_and_leaves_the_process_as_it_was(
     assert without_seconds(again) == without_seconds(profile)
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row != "swa_gain"])
+@pytest.mark.parametrize("row", [row for row in ROWS if row not in GAINS])
 def test_every_metric_leaves_its_network_bit_identical(row: str, images: Any) -> None:
     model = network(images).train()
     context = plain_context(model, images)
@@ -146,7 +146,9 @@ def test_values_are_those_of_the_landscape_room_in_eval_mode_on_the_plain_loss(
     images: Any, study: tuple[Path, Job]
 ) -> None:
     folder, job = study
-    options = spec(refinements=[])
+    metrics = ["sam_sharpness", "asam_sharpness", "noise_sharpness", "gradient_norm"]
+    metrics += ["hessian_eigenvalues", "hessian_trace"]
+    options = spec(metrics=metrics, refinements=[])
     profile, end = run(FlatnessObjective(options, images, folder), job)
     assert profile is not None
     order = nested_order(images.train.labels, seed=options.seed)[:100]
@@ -170,9 +172,9 @@ def test_values_are_those_of_the_landscape_room_in_eval_mode_on_the_plain_loss(
     estimate = profile["hessian_trace"]
     error = math.hypot(estimate.standard_error, exact.standard_error)
     assert abs(estimate.value - exact.value) < 5 * error
-    # 1 + 1/3 for SAM and ASAM each, 1 gradient, 17/3 for the noise, 1 graph, 2 per product
+    # 1 gradient for all, 1/3 for SAM and ASAM each, 16/3 for the noise, 1 graph, 2 per product
     products = int(profile["hessian_eigenvalue_1"].note.split(" after ")[1].split()[0]) + 4
-    assert end.samples_seen == round((8 / 3 + 1 + 17 / 3 + 1 + 2 * products) * 100)
+    assert end.samples_seen == round((1 + 2 / 3 + 16 / 3 + 1 + 2 * products) * 100)
 
 
 def test_a_metric_does_not_depend_on_which_others_run(images: Any, study: tuple[Path, Job]) -> None:
@@ -356,6 +358,48 @@ def test_swa_gain_is_the_paired_difference_to_the_checkpoint(
     assert end.samples_seen == 2 * len(images.train) + round(100 / 3)
 
 
+@pytest.mark.parametrize(("row", "passes"), [("sam_gain", 2), ("entropy_sgd_gain", 1)])
+def test_a_gain_is_that_of_the_continued_training(
+    row: str,
+    passes: int,
+    images: Any,
+    study: tuple[Path, Job],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder, job = study
+    seen: list[Any] = []
+    original = loop.train_epoch
+
+    def watched(steps: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(steps)
+        return original(steps, *args, **kwargs)
+
+    monkeypatch.setattr(loop, "train_epoch", watched)
+    options = spec(metrics=[], refinements=[row], refinement_epochs=2)
+    profile, end = run(FlatnessObjective(options, images, folder), job)
+    assert profile is not None
+    (steps, again) = seen
+    assert steps is again
+    assert steps.optimizer.num_gradients == {"sam_gain": 2, "entropy_sgd_gain": 5}[row]
+    assert steps.peaks == [pytest.approx(0.1 * options.training.learning_rate)]
+    batches = len(images.train) // options.training.batch_size + 1
+    assert steps.schedule(0) == 1.0
+    assert steps.schedule(2 * batches) == pytest.approx(0.0, abs=0.02)
+    start = landscape.flatten(list(network(images).parameters()))
+    assert not torch.equal(landscape.flatten(list(steps.model.parameters())), start)
+    validation = (
+        FlatnessObjective(options, images, folder)
+        .training.prepare(dataclasses.replace(job, kind="probe"), torch.device("cpu"))
+        .validation
+    )
+    before = loop.evaluate(network(images), validation)
+    after = loop.evaluate(steps.model, validation)
+    assert profile[row].value == pytest.approx(after.accuracy - before.accuracy, abs=1e-6)
+    assert profile[f"{row}_loss"].value == pytest.approx(before.loss - after.loss, abs=1e-5)
+    assert profile[row].standard_error > 0
+    assert end.samples_seen == passes * 2 * len(images.train)
+
+
 def test_average_of_a_run_at_rest_is_the_checkpoint(images: Any, study: tuple[Path, Job]) -> None:
     folder, job = study
     options = spec(metrics=[], refinements=["swa_gain"])
@@ -389,7 +433,7 @@ def test_search_from_python_functions_is_measured_with_its_own_criterion(tmp_pat
     model = model_fn({})
     reference = checkpoint.save("checkpoints/a.pt", {"model": model.state_dict()}, root=tmp_path)
     job = Job("t0-m", "measure", Trial("t0", {}, 0), Rung(1, 1.0, 50, 1), 0, start_from=reference)
-    profile, end = run(CallableFlatnessObjective(training, Tier2Spec(num_probes=64)), job)
+    profile, end = run(CallableFlatnessObjective(training, Tier2Spec(num_probes=64, budget=0)), job)
     assert end.outcome == "completed", end.failure
     assert profile is not None
     # Mean squared error of a linear model: H = 2/n X'X with a column of ones for the bias

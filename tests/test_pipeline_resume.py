@@ -16,7 +16,9 @@ from study_runs import TINY, events, kill_when, llp, start
 from llp.driver import ProbeSource
 from llp.pipeline import make_scheduler, num_kept
 from llp.probing.promotion import NewTrial
+from llp.probing.rung_correlation import rank_correlations
 from llp.probing.state import SearchState
+from llp.probing.verdicts import StopPolicy
 from llp.records import Decision, to_plain
 from llp.registry import load
 from llp.spec import Spec
@@ -61,7 +63,7 @@ def check_replay(log: list[dict]) -> int:
             last_epoch[event["job_id"]] = event["point"]["epoch"]
         if event["event"] == "decision":
             decision = event["decision"]
-            if decision["kind"] == "stop":
+            if decision["kind"] in ("stop", "audit"):
                 trial_id, rung = decision["trial_id"], decision["rung"]
                 curve = state.curve(trial_id, rung, up_to=last_epoch[f"{trial_id}-r{rung}"])
                 verdicts = [
@@ -75,13 +77,17 @@ def check_replay(log: list[dict]) -> int:
                 ]
                 verdict = next(v for v in verdicts if v.stop)
                 again = Decision(
-                    "stop",
+                    decision["kind"],
                     trial_id,
                     rung,
                     f"{verdict.reason}: {verdict.detail}",
                     verdict.predicted_final,
+                    needed=verdict.needed,
                 )
                 assert to_plain(again) == decision
+            elif decision["kind"] == "stops_off":
+                found = rank_correlations(state, decision["rung"])
+                assert to_plain(StopPolicy(rules).about_ranks(state, found)) == decision
             else:
                 step = scheduler.next_step(state)
                 if decision["kind"] == "new":
@@ -202,3 +208,24 @@ def test_a_second_driver_is_refused_by_name(tmp_path):
         process.wait(timeout=60)
     assert second.returncode == 4
     assert str(process.pid) in second.stderr
+
+
+@pytest.mark.parametrize("scheduler", ["freeze_thaw", "pasha"])
+def test_a_killed_search_of_another_scheduler_goes_on_and_replays(tmp_path, scheduler):
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    chosen = ["--set", f"tier1.scheduler={scheduler}", "--set", "output.report=true"]
+    if scheduler == "freeze_thaw":
+        chosen += ["--set", "tier1.scheduler_options.wave=6"]
+    ledger = tmp_path / "llp_studies" / "cut" / "ledger.jsonl"
+    process = start("search", "tiny.yaml", "--study", "cut", *chosen, folder=tmp_path)
+    assert kill_when(process, ledger, 60)
+    done = llp("resume", "cut", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    log = events(ledger)
+    assert check_replay(log) >= 6
+    upward = [d for d in decisions(log) if d["kind"] == "promote"]
+    assert upward
+    assert all(d["reason"] for d in upward)
+    winner = next(e["winner"] for e in log if e["event"] == "finished")
+    assert winner in {e["trial"]["trial_id"] for e in log if e["event"] == "trial"}
+    assert winner in (ledger.parent / "report.html").read_text(encoding="utf-8")

@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ElementTree
 
 import matplotlib
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from llp.reporting import palette, svg
 
@@ -23,6 +24,16 @@ def draw(key: str, text: str = "plain") -> str:
         axes.set_xlabel(text)
         axes.set_xticks([0, 1], [text, "b"])
         return svg.inline(figure, key=key, title=text, description=text)
+
+
+@pytest.mark.parametrize("label", ["adamw", "mmmmmmmm", "sgd", "a label of thirty letters, wow"])
+def test_a_label_has_room_inside_the_figure(label: str) -> None:
+    with svg.drawing():
+        figure, axes = svg.canvas(left=svg.label_width([label, "a"]))
+        axes.set_yticks([0, 1], [label, "a"])
+        FigureCanvasAgg(figure).draw()
+        (text, _) = axes.get_yticklabels()
+        assert 0 <= text.get_window_extent().x0 < 0.2 * figure.dpi
 
 
 def test_two_drawings_on_one_page_share_no_id() -> None:

@@ -5,13 +5,15 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import multivariate_normal
 
 from llp.errors import SpecError
 from llp.records import to_plain
 from llp.scoring import Roles, calibrate, score
-from llp.scoring.basis import basis
-from llp.scoring.calibration import _Problem, t1
-from llp.scoring.terms import Study
+from llp.scoring.basis import coordinates
+from llp.scoring.mixture import Finished, Mixture, slope_priors
+from llp.scoring.surface import covariance, features, smoothed
+from llp.scoring.terms import Study, t1
 from tests.scoring_tables import simulate
 
 
@@ -97,25 +99,116 @@ def test_metric_noisier_than_half_the_spread_is_dropped_and_named():
     assert "metric0" not in calibration.weights
 
 
-def test_leave_one_out_shortcut_equals_refitting_without_each_trial():
-    table = simulate(0, rows=20, finished=20, hyper=0.5)
-    study = Study(table, Roles.from_table(table))
-    h, _ = basis([table], study.roles.hyperparameters)
-    rows = np.arange(20)
-    problem = _Problem([study], [rows], h, (), np.random.default_rng(0))
-    errors = {}
-    for strength in (1.0, 100.0):
-        x, penalty = problem._design(problem.r, strength, np.inf)
-        y = problem.y - problem.t1
-        refit = []
-        for i in rows:
-            keep = rows != i
-            beta = np.linalg.solve(x[keep].T @ x[keep] + np.diag(penalty), x[keep].T @ y[keep])
-            refit.append(y[i] - x[i] @ beta)
-        inner = np.linalg.solve(x.T @ x + np.diag(penalty), x.T)
-        shortcut = (y - x @ (inner @ y)) / (1 - np.einsum("ij,ji->i", x, inner))
-        errors[strength] = np.abs(shortcut - refit).max()
-    assert max(errors.values()) < 1e-9
+def made_up(num=24, seed=0):
+    rng = np.random.default_rng(seed)
+    study = np.arange(num) % 3
+    blocks = [rng.normal(size=(num, 1)), rng.normal(size=(num, 1))]
+    phi = features(blocks, np.array([0.7, 0.3]))
+    return Finished(study, rng.normal(size=num), rng.normal(size=(num, 2)), phi, np.zeros((num, 0)))
+
+
+def without(data, rows):
+    kept = np.setdiff1d(np.arange(len(data)), rows)
+    return Finished(
+        data.study[kept], data.y[kept], data.x[kept], data.phi[kept], data.r[kept]
+    ), kept
+
+
+@pytest.mark.parametrize("by_study", [False, True])
+def test_left_out_predictions_equal_refitting_without_the_trial_or_study(by_study):
+    data = made_up()
+    shortcut = Mixture(data, use_h=True, use_2=False).left_out(data.study if by_study else None)
+    groups = [np.flatnonzero(data.study == s) for s in range(3)] if by_study else np.arange(24)
+    for rows in groups[:6]:
+        rows = np.atleast_1d(rows)
+        refit, _ = without(data, rows)
+        mixture = Mixture(refit, use_h=True, use_2=False)
+        expected = np.zeros(len(rows))
+        x, weights = np.concatenate([data.x, data.phi], axis=1), mixture.weights()
+        for point, weight in zip(mixture.points, weights, strict=True):
+            # Straight from the textbook: k(new, old) K^-1 residual, study effects included.
+            same = (data.study[rows][:, None] == refit.study[None, :]).astype(float)
+            alike = 0.7 + 0.3 * same
+            cross = 0.1 * same + data.x[rows] @ point.slopes @ refit.x.T * alike
+            cross = cross + point.surface * data.phi[rows] @ refit.phi.T * alike
+            own = (refit.study[:, None] == refit.study[None, :]).astype(float)
+            alike = 0.7 + 0.3 * own
+            k = 0.1 * own + refit.x @ point.slopes @ refit.x.T * alike
+            k = k + point.surface * refit.phi @ refit.phi.T * alike
+            k = k + point.noise * np.eye(len(refit))
+            rest = refit.y - refit.x @ point.prior
+            mean = data.x[rows] @ point.prior + cross @ np.linalg.solve(k, rest)
+            expected += weight * mean
+        assert shortcut[rows] == pytest.approx(expected, abs=1e-8)
+        assert x.shape[0] == len(shortcut)
+
+
+def test_weights_of_the_signals_are_uncertain_in_size_and_by_share():
+    for share, (mean, spread, _) in zip((0, 0.3, 0.6), slope_priors(2, True), strict=True):
+        rng = np.random.default_rng(0)
+        size = 0.9 + np.sqrt(0.05) * rng.standard_normal(200_000)
+        own = np.sqrt(0.03) * rng.standard_normal((200_000, 2))
+        drawn = size[:, None] * np.array([1 - share, share]) + own
+        assert drawn.mean(axis=0) == pytest.approx(mean, abs=0.005)
+        assert np.cov(drawn.T) == pytest.approx(spread, abs=0.002)
+
+
+def test_evidence_is_the_log_density_of_the_results():
+    data = made_up(12)
+    for point in Mixture(data, use_h=True, use_2=False).points[::7]:
+        same = (data.study[:, None] == data.study[None, :]).astype(float)
+        alike = 0.7 + 0.3 * same
+        k = 0.1 * same + data.x @ point.slopes @ data.x.T * alike + point.noise * np.eye(12)
+        k = k + point.surface * data.phi @ data.phi.T * alike
+        mean = data.x @ point.prior
+        expected = multivariate_normal(mean, k).logpdf(data.y) + 6 * np.log(2 * np.pi)
+        expected += np.log(0.1 if point.prior[1] == 0 else 0.45)
+        assert point.evidence == pytest.approx(expected, abs=1e-8)
+
+
+def test_posterior_coefficients_predict_what_the_covariances_predict():
+    data = made_up()
+    rows = np.array([5])
+    refit, _ = without(data, rows)
+    mixture = Mixture(refit, use_h=True, use_2=False)
+    study = int(data.study[5])
+    x = np.concatenate([data.x, data.phi], axis=1)[5]
+    posteriors = list(mixture.posteriors(study))
+    assert sum(p.weight for p in posteriors) == pytest.approx(1.0, abs=0.2)
+    heaviest = posteriors[0]
+    point = mixture.points[int(np.argmax(mixture.weights()))]
+    same = (refit.study == study).astype(float)
+    alike = 0.7 + 0.3 * same
+    linear = refit.x @ point.slopes @ data.x[5]
+    cross = alike * (linear + point.surface * refit.phi @ data.phi[5])
+    expected = data.x[5] @ point.prior + cross @ point.alpha
+    assert x @ heaviest.mean == pytest.approx(expected, abs=1e-8)
+    k = (point.vectors * (point.values + point.noise)) @ point.vectors.T
+    variance = data.x[5] @ point.slopes @ data.x[5] + point.surface * data.phi[5] @ data.phi[5]
+    variance -= cross @ np.linalg.solve(k, cross)
+    assert x @ heaviest.covariance @ x == pytest.approx(variance, abs=1e-8)
+
+
+def test_features_reproduce_the_covariance_and_pivots_come_first():
+    rng = np.random.default_rng(0)
+    blocks = [rng.normal(size=(60, 1)), rng.normal(size=(60, 2))]
+    relevance = np.array([0.8, 0.2])
+    phi = features(blocks, relevance, first=[7, 8])
+    k = covariance(blocks, blocks, relevance)
+    assert np.abs(phi @ phi.T - k).max() < 0.05
+    assert (phi @ phi.T)[7] == pytest.approx(k[7], abs=1e-9)
+
+
+def test_smoothed_signal_does_not_contain_the_trial_itself():
+    rng = np.random.default_rng(0)
+    blocks = {"rate": rng.normal(size=(40, 1)), "width": rng.normal(size=(40, 1))}
+    signal = np.sin(blocks["rate"][:, 0]) + 0.3 * rng.normal(size=40)
+    relevance = np.array([0.5, 0.5])
+    before, _ = smoothed(blocks, signal, rng, relevance)
+    assert np.corrcoef(before, np.sin(blocks["rate"][:, 0]))[0, 1] > 0.8
+    _, learnt = smoothed(blocks, signal, rng)
+    assert learnt[0] > 0.6
+    assert learnt.sum() == pytest.approx(1.0)
 
 
 def test_known_weights_are_recovered_within_their_standard_errors():
@@ -137,7 +230,7 @@ def test_known_weights_are_recovered_within_their_standard_errors():
 def test_calibration_is_plain_json():
     calibration = calibrate([simulate(0), simulate(1)])
     data = json.loads(json.dumps(to_plain(calibration)))
-    assert data["version"] == 1
+    assert data["version"] == 2
     assert data["num_studies"] == 2
     assert data["num_finished"] == 60
 
@@ -153,7 +246,7 @@ def test_missing_target_is_refused():
         calibrate(simulate(0).drop(columns="verified_accuracy"))
 
 
-def test_basis_takes_logs_squares_categories_and_drops_what_is_constant():
+def test_coordinates_take_logs_and_categories_and_drop_what_is_constant():
     table = pd.DataFrame(
         {
             "learning_rate": [1e-3, 1e-2, 1e-1, 1.0],
@@ -162,12 +255,70 @@ def test_basis_takes_logs_squares_categories_and_drops_what_is_constant():
             "constant": 3,
             "depth": [1, 2, 3, np.nan],
             "nesterov": [True, False, True, False],
+            "path": ["a", "b", "c", "d"],
         }
     )
-    (matrix,), names = basis([table], list(table.columns))
+    (blocks,), names = coordinates([table], list(table.columns))
     assert "constant" not in names
-    assert {"optimizer=sgd", "depth", "depth^2", "nesterov", "learning_rate^2"} <= set(names)
+    assert {"optimizer", "depth", "nesterov", "learning_rate"} <= set(names)
     effective = np.log10(table["learning_rate"] / (1 - table["momentum"]))
-    got = matrix[:, names.index("learning_rate")]
-    assert np.corrcoef(got, effective)[0, 1] == pytest.approx(1.0)
-    assert matrix[3, names.index("depth")] == 0.0
+    assert np.corrcoef(blocks["learning_rate"][:, 0], effective)[0, 1] == pytest.approx(1.0)
+    assert blocks["depth"][3].tolist() == [0.0, 0.0]
+    assert blocks["depth"][0, 1] == 1.0
+    distance = np.linalg.norm(blocks["optimizer"][0] - blocks["optimizer"][1])
+    assert distance == pytest.approx(1.7)
+
+
+@pytest.mark.parametrize("name", ["lr", "hp.lr", "learning_rate_init"])
+def test_learning_rate_is_known_by_its_usual_names(name):
+    table = pd.DataFrame({name: [1e-3, 1e-2, 1e-1, 1.0], "batch_size": [32, 64, 32, 128]})
+    (blocks,), _ = coordinates([table], [name, "batch_size"])
+    effective = np.log10(table[name] / table["batch_size"])
+    assert np.corrcoef(blocks[name][:, 0], effective)[0, 1] == pytest.approx(1.0)
+
+
+def kendall(values, other):
+    return values.corr(other, method="kendall")
+
+
+def test_signals_that_make_the_ranking_worse_stay_out_and_it_is_said():
+    table = simulate(0, rows=100, finished=60, noise=0.2, metrics=0)
+    truth = simulate(0, rows=100, finished=100, noise=0.2, metrics=0)["verified_accuracy"]
+    table["validation_loss"] = np.random.default_rng(0).normal(size=100)
+    found = score(table)
+    assert found.preset == "calibrated"
+    assert "validation_loss" not in found.weights
+    assert "validation_loss" not in found.contributions
+    assert found.calibration.gain_signals.interval.high < 0
+    assert "the other tier-1 signals stayed out" in found.sentence
+    without = score(table.drop(columns="validation_loss"))
+    assert without.calibration.gain_signals is None
+    left = table.index[60:]
+    agreement = kendall(found.table["score"].loc[left], truth.loc[left])
+    assert agreement > kendall(table["validation_accuracy"].loc[left], truth.loc[left]) - 0.01
+    assert found.weights == pytest.approx(without.weights)
+
+
+def test_signals_that_help_stay_in():
+    for seed in range(4):
+        table = simulate(seed, rows=80, finished=45, hyper=1.0)
+        found = calibrate(table)
+        assert found.gain_signals is None
+        assert found.weights["validation_loss"] > 0
+
+
+def test_a_whole_that_is_worse_than_validation_is_left_for_validation_alone(monkeypatch):
+    table = simulate(0, rows=60, finished=45)
+    right = Mixture.left_out
+    # Predictions of the trials left out are turned round, as if what was learnt misled.
+    monkeypatch.setattr(Mixture, "left_out", lambda self, groups=None: -right(self, groups))
+    found = score(table)
+    calibration = found.calibration
+    assert calibration.gain_validation.interval.high < 0
+    assert found.preset == calibration.in_force == "validation"
+    assert found.weights == calibration.weights == {"validation_accuracy": 1.0}
+    assert np.isnan(calibration.standard_errors["validation_accuracy"])
+    assert not calibration.hyperparameters_enter
+    assert "all of it stayed out" in found.sentence
+    assert "The score is validation_accuracy alone." in found.sentence
+    pd.testing.assert_frame_equal(found.table, score(table, preset="validation").table)

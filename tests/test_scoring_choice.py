@@ -55,6 +55,17 @@ def test_verified_are_the_best_scored_without_the_diverged():
     assert choose_for_verification(scores, 10) == ["t003", "t001", "t004", "t000"]
 
 
+def test_verified_are_the_fewest_that_hold_the_best_with_the_wanted_probability():
+    scores = score(simulate(0, rows=20, finished=0))
+    chances = scores.table["probability_best"]
+    for wanted in (0.5, 0.8):
+        chosen = choose_for_verification(scores, 20, probability=wanted)
+        assert chances[chosen].sum() >= wanted
+        assert chances.nlargest(len(chosen) - 1).sum() < wanted
+        assert chosen == [name for name in scores.ranking if name in chosen]
+    assert len(choose_for_verification(scores, 2, probability=0.99)) == 2
+
+
 def test_winner_is_chosen_on_validation_not_on_test():
     runs = [verification("t000", 0, 0.80, test=0.99), verification("t001", 0, 0.81, test=0.50)]
     winner, reason = choose_winner(runs)

@@ -277,3 +277,83 @@ def test_no_table_of_numbers_makes_scoring_crash(rows, preset, categories):
     assert len(scores.table) == len(table)
     assert np.isfinite(scores.table["score"]).all()
     assert scores.table["probability_best"].sum() == pytest.approx(1.0)
+
+
+def test_missing_primary_signals_beside_others_are_counted_and_said():
+    table = small(8)
+    table.loc[["t001", "t004"], "validation_accuracy"] = math.nan
+    table.loc["t005", ["validation_accuracy", "validation_loss"]] = math.nan
+    table.loc["t006", "validation_accuracy"] = -math.inf
+    scores = run(table, "validation")
+    words = "{} without validation_accuracy but with other signals {} as diverged and {} last."
+    assert words.format("2 trials", "count", "rank") in scores.sentence
+    assert scores.diverged == {"t001", "t004", "t005", "t006"}
+    table.loc["t001"] = math.nan
+    said = run(table, "validation").sentence
+    assert words.format("1 trial", "counts", "ranks") in said
+    table.loc["t004"] = math.nan
+    assert "other signals" not in run(table, "validation").sentence
+
+
+def test_a_missing_primary_signal_is_made_up_for_by_the_others_with_a_wider_interval():
+    table = simulate(0, rows=60, finished=0, noise=0.2)
+    best, worst = (table["validation_loss"].sort_values().index[k] for k in (2, -3))
+    full = score(table, preset="validation")
+    known = full.table
+    table.loc[[best, worst], "validation_accuracy"] = math.nan
+    scores = score(table, preset="validation")
+    assert "2 trials without validation_accuracy are placed by their other signals" in (
+        scores.sentence
+    )
+    assert not scores.diverged
+    rank = scores.ranks["rank"]
+    assert rank[best] <= 15
+    assert rank[worst] >= 45
+    for name in (best, worst):
+        width = scores.table.loc[name, "upper"] - scores.table.loc[name, "lower"]
+        assert width > known.loc[name, "upper"] - known.loc[name, "lower"]
+    table.loc[best, ["validation_loss", "validation_accuracy_last3", "train_loss"]] = math.nan
+    table.loc[best, "train_accuracy"] = math.nan
+    assert score(table, preset="validation").diverged == {best}
+
+
+TAKEN = ("score", "lower", "upper", "probability_best", "result", "hyperparameters", "level")
+
+
+@pytest.mark.parametrize("name", TAKEN)
+@pytest.mark.parametrize("preset", ["calibrated", "validation"])
+def test_a_signal_with_a_name_of_the_output_gets_the_scores_of_any_other_name(name, preset):
+    table = simulate(0, rows=40, finished=15, hyper=1.0, planted=1.0).rename(
+        columns={"verified_accuracy": "final", "validation_accuracy": "val", "metric0": "sharp"}
+    )
+    tables = {"val": table, name: table.rename(columns={"val": name})}
+    before, after = (
+        score(
+            columns,
+            roles=Roles(
+                ("learning_rate",),
+                {signal: "higher", "validation_loss": "lower"},
+                {"sharp": "lower"},
+                target="final",
+            ),
+            preset=preset,
+        )
+        for signal, columns in tables.items()
+    )
+    changed = after.table.rename(columns={f"tier1.{name}": "val"})
+    pd.testing.assert_frame_equal(changed, before.table)
+    assert f"tier1.{name}" in after.contributions
+    total = after.table[list(after.contributions)].sum(axis=1)
+    assert total.to_numpy() == pytest.approx(after.table["score"].to_numpy(), abs=1e-9)
+
+
+def test_tier2_with_a_name_of_the_output_keeps_its_scores_and_given_weights():
+    table = small(12)
+    before = run(table, "weights").table
+    roles = Roles(tier1=ROLES.tier1, tier2={"level": "lower", "tier2.level": "lower"})
+    renamed = table.rename(columns={"noise_sharpness": "level"})
+    renamed["tier2.level"] = 0.0
+    weights = {"validation_accuracy": 1.0, "validation_loss": 0.5, "level": 0.5}
+    after = score(renamed, roles=roles, preset="weights", weights=weights).table
+    assert after["score"].to_dict() == pytest.approx(before["score"].to_dict())
+    assert "tier2.tier2.level" in after.columns

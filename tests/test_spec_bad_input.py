@@ -64,7 +64,7 @@ ROWS = [
     (21, "  stop_rules: [{name: powerlaw}]", 21, "tier1.stop_rules.0.name", "unknown stop rule 'powerlaw'; did you mean 'power_law'?"),
     (23, "  metrics: [hesian_trace]", 23, "tier2.metrics.0", "unknown metric 'hesian_trace'; did you mean 'hessian_trace'?"),
     (23, "  metrics: [swa_gain]", 23, "tier2.metrics.0", "'swa_gain' belongs to tier2.refinements"),
-    (23, "  refinements: [sam_gain]", 23, "tier2.refinements.0", "unknown refinement 'sam_gain'; did you mean 'swa_gain'?"),
+    (23, "  refinements: [swa_gian]", 23, "tier2.refinements.0", "unknown refinement 'swa_gian'; did you mean 'swa_gain'?"),
     (5, "  name: no_such_package:build", 5, "model.name", "cannot load 'no_such_package:build': No module named"),
     (5, "  name: llp.errors:build", 5, "model.name", "cannot load 'llp.errors:build'"),
     # keys
@@ -132,7 +132,7 @@ ROWS = [
     # hyperparameters that nobody reads
     (12, "  momentun: 0.9", 12, "search_space.momentun", "nothing reads 'momentun'; did you mean 'momentum'?"),
     (12, "  lr: 0.9", 12, "search_space.lr", "nothing reads 'lr'; did you mean 'learning_rate'?"),
-    (12, "  beta1: [0.8, 0.9]", 12, "search_space.beta1", "nothing reads 'beta1': it is an option of optimizer adam and optimizer adamw, and this file uses sgd and convnet"),
+    (12, "  beta1: [0.8, 0.9]", 12, "search_space.beta1", "nothing reads 'beta1': it is an option of optimizer adam and optimizer adamw and optimizer muon, and this file uses sgd and convnet"),
     (12, "  epochs: [1, 2]", 12, "search_space.epochs", "nothing reads 'epochs' here: the rungs fix the epochs"),
     (13, "  optimizer: [sgd, adam]", 12, "search_space.momentum", "optimizer adam would not read 'momentum'; add when: {optimizer: sgd}"),
     (10, "  schedule: one_cycle\nsearch_space:\n  warmup_fraction: [0, 0.1]", 12, "search_space.warmup_fraction", "nothing reads 'warmup_fraction': schedule one_cycle does not take it"),

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlflow.utils.validation import _validate_metric_name, _validate_param
 
-from llp.tracking.mlflow_rows import STUDY, Rows, safe_key
+from llp.tracking.mlflow_rows import Rows
+from llp.tracking.rows import STUDY, safe_key
 from tests.make_study import HOSTILE, RUNGS, make_events
 
 

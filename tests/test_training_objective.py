@@ -31,8 +31,10 @@ from torch.nn import functional
 from llp.errors import EnvironmentProblem, SpecError
 from llp.protocols import Objective
 from llp.records import CheckpointRef, CurvePoint, Rung, Verification
+from llp.spec.checks import check
+from llp.spec.digest import digest
 from llp.training import checkpoint, jobs
-from llp.training.objective import check_batch
+from llp.training.objective import TrainingObjective, check_batch
 from llp.workloads import subsets
 from llp.workloads.batches import Batches
 
@@ -67,6 +69,31 @@ def test_the_last_step_uses_the_end_of_its_own_schedule(tmp_path: Path) -> None:
         steps = 2 * epochs
         expected = 0.05 * (1 + math.cos(math.pi * (steps - 1) / steps)) / 2
         assert points[-1].learning_rate == pytest.approx(expected)
+
+
+def test_short_probes_warm_up_for_as_long_as_tier_one_says(tmp_path: Path) -> None:
+    data = objective(tmp_path).data
+    full = Rung(3, 1.0, len(data.train), 4)
+    short = Rung(1, 0.5, 32, 4)
+
+    def first(rung: Rung, tier1: float | None, own: float) -> float:
+        spec = make_spec(
+            training={"warmup_fraction": own}, tier1={"warmup_fraction": tier1, "num_trials": 2}
+        )
+        setup = TrainingObjective(spec, data, tmp_path).prepare(
+            make_job(rung=rung), torch.device("cpu")
+        )
+        steps = rung.epochs * len(setup.train)
+        rise = [setup.schedule(step) for step in range(steps)]
+        return rise.index(max(rise)) / steps
+
+    assert first(short, None, 0.0) == first(short, 0.0, 0.0) == 0
+    assert first(short, 0.5, 0.0) == first(short, 0.5, 0.25) == first(short, 0.25, 0.5) == 0.5
+    assert first(full, 0.5, 0.0) == 0  # a full training is the recipe's
+    with pytest.raises(SpecError, match="one_cycle has a rise of its own"):
+        check(make_spec(training={"schedule": "one_cycle"}, tier1={"warmup_fraction": 0.5}))
+    assert digest(make_spec()) == digest(make_spec(tier1={"warmup_fraction": None}))
+    assert digest(make_spec()) != digest(make_spec(tier1={"warmup_fraction": 0.5}))
 
 
 def test_reported_validation_is_that_of_the_saved_weights(tmp_path: Path) -> None:

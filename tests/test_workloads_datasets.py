@@ -131,9 +131,22 @@ def test_max_train_examples_is_balanced_nested_and_shrinks_validation_in_proport
     assert not hashes(bigger.train) & hashes(bigger.validation)
 
 
-def test_fewer_images_than_classes_are_refused():
-    with pytest.raises(SpecError, match=r"9 is fewer than one image for each of the 10 classes"):
-        load(spec(max_train_examples=9), seed=0)
+def test_max_test_examples_is_balanced_and_the_same_for_every_seed():
+    options = {"num_train": 200, "num_test": 300, "image_size": 8, "channels": 1}
+    full = load(spec("synthetic", options=options), seed=0)
+    small, other = (
+        load(spec("synthetic", options=options, max_test_examples=100), seed=seed)
+        for seed in (0, 1)
+    )
+    assert np.bincount(small.test.labels).tolist() == [10] * 10
+    assert hashes(small.test) == hashes(other.test) < hashes(full.test)
+    assert hashes(small.train) == hashes(full.train)
+
+
+@pytest.mark.parametrize("key", ["max_train_examples", "max_test_examples"])
+def test_fewer_images_than_classes_are_refused(key):
+    with pytest.raises(SpecError, match=f"{key}: 9 is fewer than one image for each of the 10"):
+        load(spec(**{key: 9}), seed=0)
 
 
 def test_synthetic_images_can_be_learnt_but_not_for_free():

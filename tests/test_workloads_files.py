@@ -23,6 +23,7 @@ from llp.workloads import folder, load, parquet
 from llp.workloads.batches import Batches
 from llp.workloads.datasets import cifar10, cifar100, fashion_mnist, image_folder, mnist
 from llp.workloads.images import FileImages
+from llp.workloads.official import standard_names
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 
@@ -264,7 +265,7 @@ def test_cifar100_takes_the_fine_labels(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["hub", "plain", "broken"])
-def test_class_names_come_from_the_metadata_where_there_are_any(tmp_path, form):
+def test_class_names_come_from_the_metadata_or_are_the_known_ones(tmp_path, form):
     names = [f"thing {c}" for c in range(10)]
     features = {"info": {"features": {"label": {"_type": "ClassLabel", "names": names}}}}
     metadata = {
@@ -275,8 +276,25 @@ def test_class_names_come_from_the_metadata_where_there_are_any(tmp_path, form):
     for split in ("train", "test"):
         write_parquet(tmp_path / f"{split}.parquet", *some_images(20), metadata=metadata)
     data = load(DatasetSpec(name="cifar10", root=str(tmp_path)), seed=0)
-    expected = [str(c) for c in range(10)] if form == "broken" else names
-    assert list(data.class_names) == expected
+    known = [
+        "airplane",
+        "automobile",
+        "bird",
+        "cat",
+        "deer",
+        "dog",
+        "frog",
+        "horse",
+        "ship",
+        "truck",
+    ]
+    assert list(data.class_names) == (known if form == "broken" else names)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_the_names_for_files_without_names_are_those_of_files_that_have_them(name, shared_data):
+    metadata = pq.read_schema(shared_data / f"{name}_test.parquet").metadata
+    assert list(standard_names(name)) == json.loads(metadata[b"class_names"])
 
 
 def test_grey_parquet_images_have_one_channel(tmp_path):

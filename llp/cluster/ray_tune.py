@@ -17,10 +17,11 @@ import contextlib
 import logging
 import os
 import socket
+import time
 import traceback
 import uuid
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -39,6 +40,7 @@ from llp.records import (
     FlatnessProfile,
     Job,
     JobEnd,
+    Observation,
     StopDecision,
     Verification,
     from_plain,
@@ -47,8 +49,11 @@ from llp.records import (
 
 logger = logging.getLogger(__name__)
 
+LOOK_SECONDS = 10.0
+"""How often the size of the cluster is asked for."""
+
 REPORTS: dict[str, type[Any]] = {
-    kind.__name__: kind for kind in (CurvePoint, FlatnessProfile, Verification)
+    kind.__name__: kind for kind in (CurvePoint, FlatnessProfile, Verification, Observation)
 }
 
 
@@ -98,6 +103,7 @@ class JobTrainable(tune.Trainable):
         assert objective is not None
         self._objective = objective
         self._seconds_limit = seconds_limit
+        self._worker = worker_name()
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -142,7 +148,7 @@ class JobTrainable(tune.Trainable):
         return {
             "reports": reports,
             "end": None if end is None else to_plain(end),
-            "pid": os.getpid(),
+            "worker": self._worker,
             "done": end is not None,
         }
 
@@ -180,12 +186,39 @@ class JobTrainable(tune.Trainable):
         """Nothing to load; present so that Tune reuses the actor."""
 
 
+class _Room:
+    """How many jobs may run at once: as many as fit on the nodes that are there at the moment.
+
+    Nodes of a cluster may join late and get lost.
+    """
+
+    def __init__(self, resources: Resources, wait_for_nodes: float) -> None:
+        self._resources = resources
+        deadline = time.monotonic() + wait_for_nodes
+        while True:
+            try:
+                self._fitting = _fitting(resources)
+                break
+            except EnvironmentProblem:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(1.0)
+        self._looked = time.monotonic()
+
+    def size(self) -> int:
+        if time.monotonic() - self._looked > LOOK_SECONDS:
+            self._looked = time.monotonic()
+            with contextlib.suppress(EnvironmentProblem):  # all are gone: others may come
+                self._fitting = _fitting(self._resources)
+        return min(self._fitting, self._resources.max_concurrent or self._fitting)
+
+
 class _Board:
     """The driver's side: hands jobs of a `JobSource` to Tune and Tune's news to the source."""
 
-    def __init__(self, source: JobSource, max_concurrent: int) -> None:
+    def __init__(self, source: JobSource, room: _Room) -> None:
         self.source = source
-        self.max_concurrent = max_concurrent
+        self.room = room
         self.jobs: dict[str, Job] = {}  # Tune's trial id -> the job it works on
         self.error: BaseException | None = None
 
@@ -196,7 +229,7 @@ class _Board:
     def suggest(self, tune_id: str) -> Job | Literal["wait", "done"]:
         if self.error is not None:
             raise self.error
-        if len(self.jobs) >= self.max_concurrent:
+        if len(self.jobs) >= self.room.size():
             return "wait"
         with self._kept():
             job = self.source.next_job()
@@ -214,13 +247,14 @@ class _Board:
             with self._kept():
                 verdict = self.source.on_report(job, report)
             if verdict is not None and verdict.stop and isinstance(report, CurvePoint):
-                self._finish(tune_id, _stopped(job, report, verdict))
+                self._finish(tune_id, _stopped(job, report, verdict, result["worker"]))
                 return True
         if result.get("problem"):
             self.error = EnvironmentProblem(result["problem"])
             raise self.error
         if result.get("end"):
-            self._finish(tune_id, from_plain(JobEnd, result["end"]))
+            end = replace(from_plain(JobEnd, result["end"]), worker=result["worker"])
+            self._finish(tune_id, end)
             return True
         return False
 
@@ -246,7 +280,7 @@ class _Board:
             raise
 
 
-def _stopped(job: Job, point: CurvePoint, verdict: StopDecision) -> JobEnd:
+def _stopped(job: Job, point: CurvePoint, verdict: StopDecision, worker: str) -> JobEnd:
     return JobEnd(
         job.job_id,
         job.trial.trial_id,
@@ -254,6 +288,7 @@ def _stopped(job: Job, point: CurvePoint, verdict: StopDecision) -> JobEnd:
         stopped_by=verdict.reason,
         samples_seen=point.samples_seen,
         seconds=point.seconds,
+        worker=worker,
     )
 
 
@@ -303,8 +338,9 @@ class _BoardScheduler(FIFOScheduler):
 
     def on_trial_error(self, tune_controller: TuneController, trial: TuneTrial) -> None:
         text = Path(trial.error_file).read_text() if trial.error_file else ""
-        if not text or RayActorError.__name__ in text or "actor died" in text:
-            reason = f"the worker process died (killed, out of memory, or crashed)\n{text}"
+        signs = (RayActorError.__name__, "actor died", "is unavailable")
+        if not text or any(sign in text for sign in signs):
+            reason = f"the worker process died (killed, no memory, crashed, node lost)\n{text}"
         else:
             reason = f"the worker could not start or run the job\n{text}"
         self._board.lose(trial.trial_id, reason)
@@ -317,6 +353,7 @@ def run_jobs(
     resources: Resources,
     folder: Path,
     seconds_limit: float | None = None,
+    wait_for_nodes: float = 0.0,
 ) -> None:
     """Runs jobs until the source says `done`.
 
@@ -326,19 +363,19 @@ def run_jobs(
         resources: Per job.
         folder: Where Tune may keep its files.
         seconds_limit: Wall-clock limit of a probe; it then ends as stopped by `time_limit`.
+        wait_for_nodes: Seconds that a cluster may take to have room for one job.
 
     Raises:
         EnvironmentProblem: The cluster can never fit one job.
     """
-    concurrent = _fitting(resources)
-    board = _Board(source, min(concurrent, resources.max_concurrent or concurrent))
+    board = _Board(source, _Room(resources, wait_for_nodes))
     os.environ.update(
         TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1",
         TUNE_DISABLE_SIGINT_HANDLER="1",
         TUNE_DISABLE_STRICT_METRIC_CHECKING="1",
         TUNE_GLOBAL_CHECKPOINT_S="3600",
         TUNE_WARN_THRESHOLD_S="30",
-        TUNE_MAX_PENDING_TRIALS_PG=str(board.max_concurrent),
+        TUNE_MAX_PENDING_TRIALS_PG=str(max(board.room.size(), 64)),  # the board has the say
         TUNE_PRINT_ALL_TRIAL_ERRORS="0",
         RAY_AIR_NEW_OUTPUT="0",
     )
@@ -455,7 +492,7 @@ def ray_session(
         options["address"] = address
     try:
         ray.init(**options)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except Exception as error:  # of a start that takes too long Ray raises no narrower class
         what = "start Ray on this machine" if address is None else f"reach Ray at {address}"
         raise EnvironmentProblem(f"cannot {what}: {error}; run `llp doctor`") from error
     try:
@@ -467,3 +504,10 @@ def ray_session(
 def hostname() -> str:
     """Name of this machine, for the ledger."""
     return socket.gethostname()
+
+
+def worker_name() -> str:
+    """This worker process in words: its host, its pid, and the GPUs that Ray gave it."""
+    gpus = [str(gpu) for gpu in ray.get_gpu_ids()]
+    with_gpus = f" gpu {','.join(gpus)}" if gpus else ""
+    return f"{hostname()} pid {os.getpid()}{with_gpus}"

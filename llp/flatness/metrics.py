@@ -8,6 +8,9 @@ Hessian and the gradient norm follow the learning rate more than they follow gen
 from __future__ import annotations
 
 import math
+import time
+
+from torch import Tensor
 
 from llp import landscape
 from llp.flatness.context import MetricContext
@@ -17,6 +20,15 @@ from llp.spec.schema import Tier2Spec
 ASAM_FACTOR = 10
 """ASAM's radius over SAM's; Kwon et al. (2021, section 5) use .5 against .05 on CIFAR-10."""
 
+RISE_TOLERANCE = 0.1
+"""The rise is met to this share of it, the level to half of that: less than the pairs vary."""
+
+SIGMA_START = 0.2
+"""First level looked at; digits and CIFAR networks after a probe have theirs between .05 and 1."""
+
+GAINS = {"swa_gain": 1, "sam_gain": 2, "entropy_sgd_gain": 1}
+"""Refinements, and how many gradients each takes of an example in an epoch."""
+
 EIGENVALUE_TOLERANCE = 0.01
 """Relative residual asked for; the confirmation that follows brings it near 1e-5 anyway."""
 
@@ -24,7 +36,11 @@ EIGENVALUE_TOLERANCE = 0.01
 def sam_sharpness(context: MetricContext) -> list[Measurement]:
     """`landscape.sharpness.sam` at `rho`; standard error over batches."""
     estimate = landscape.sharpness.sam(
-        context.model, context.loss_fn, context.batches, rho=context.options.rho
+        context.model,
+        context.loss_fn,
+        context.batches,
+        rho=context.options.rho,
+        known=context.gradient(),
     )
     return [context.measurement("sam_sharpness", estimate, higher_is_better=False)]
 
@@ -32,26 +48,56 @@ def sam_sharpness(context: MetricContext) -> list[Measurement]:
 def asam_sharpness(context: MetricContext) -> list[Measurement]:
     """`landscape.sharpness.asam` at `10 rho`; standard error over batches."""
     estimate = landscape.sharpness.asam(
-        context.model, context.loss_fn, context.batches, rho=ASAM_FACTOR * context.options.rho
+        context.model,
+        context.loss_fn,
+        context.batches,
+        rho=ASAM_FACTOR * context.options.rho,
+        known=context.gradient(),
     )
     return [context.measurement("asam_sharpness", estimate, higher_is_better=False)]
 
 
 def noise_sharpness(context: MetricContext) -> list[Measurement]:
-    """`landscape.sharpness.noise`, relative, at `sigma`; standard error over 8 antithetic pairs."""
+    """`landscape.sharpness.noise`, relative, at `sigma`; standard error over antithetic pairs."""
     estimate = landscape.sharpness.noise(
         context.model,
         context.loss_fn,
         context.batches,
         sigma=context.options.sigma,
+        num_draws=context.options.num_draws,
         generator=context.generator("noise_sharpness"),
+        known=context.base().losses,
     )
     return [context.measurement("noise_sharpness", estimate, higher_is_better=False)]
 
 
+def noise_sigma(context: MetricContext) -> list[Measurement]:
+    """The multiplicative noise at which the loss has risen by `rise`; larger is flatter.
+
+    `landscape.sharpness.noise_sigma`; standard error over the antithetic pairs.
+
+    Raises:
+        ValueError: The loss does not rise enough at any level up to 10.
+    """
+    estimate = landscape.sharpness.noise_sigma(
+        context.model,
+        context.loss_fn,
+        context.batches,
+        rise=context.options.rise,
+        num_draws=context.options.num_draws,
+        tolerance=RISE_TOLERANCE,
+        start=SIGMA_START,
+        generator=context.generator("noise_sharpness"),
+        known=context.base().losses,
+    )
+    return [context.measurement("noise_sigma", estimate, higher_is_better=True)]
+
+
 def gradient_norm(context: MetricContext) -> list[Measurement]:
     """`landscape.sharpness.gradient_norm`; standard error over batches."""
-    estimate = landscape.sharpness.gradient_norm(context.model, context.loss_fn, context.batches)
+    estimate = landscape.sharpness.gradient_norm(
+        context.model, context.loss_fn, context.batches, known=context.gradient()
+    )
     return [context.measurement("gradient_norm", estimate)]
 
 
@@ -60,15 +106,13 @@ def hessian_eigenvalues(context: MetricContext) -> list[Measurement]:
 
     A series `hessian_eigenvalue_1`, ...; the standard error over examples is not known (NaN).
     """
-    op = context.hessian
-    before = op.gradient_equivalents
-    pairs = landscape.top_eigenpairs(
-        op,
-        k=context.options.num_eigenvalues,
-        tolerance=EIGENVALUE_TOLERANCE,
-        generator=context.generator("hessian_eigenvalues"),
-    )
-    context.spent.gradient_equivalents += op.gradient_equivalents - before
+    with context.counted_hessian() as op:
+        pairs = landscape.top_eigenpairs(
+            op,
+            k=context.options.num_eigenvalues,
+            tolerance=EIGENVALUE_TOLERANCE,
+            generator=context.generator("hessian_eigenvalues"),
+        )
     state = "" if pairs.converged else ", not converged"
     return [
         Measurement(
@@ -91,14 +135,34 @@ def hessian_eigenvalues(context: MetricContext) -> list[Measurement]:
 
 def hessian_trace(context: MetricContext) -> list[Measurement]:
     """Hutchinson's estimate from `num_probes` probes; standard error over probes."""
-    op = context.hessian
-    before = op.num_gradients
-    estimate = landscape.trace(
-        op, num_probes=context.options.num_probes, generator=context.generator("hessian_trace")
+    started = time.perf_counter()
+    return [_mean(context, "hessian_trace", context.sign_products().trace, started, None)]
+
+
+def adaptive_trace(context: MetricContext) -> list[Measurement]:
+    """`sum_i theta_i^2 H_ii`, unchanged by rescaling the layers of a ReLU network.
+
+    From the products of `hessian_trace`: `(theta^2 z)' H z` has this mean for random signs z, as
+    `(theta z)' H (theta z)` of `landscape.sharpness.adaptive_trace` has; standard error over
+    probes.
+    """
+    started = time.perf_counter()
+    return [_mean(context, "adaptive_trace", context.sign_products().adaptive, started, False)]
+
+
+def _mean(
+    context: MetricContext, name: str, samples: Tensor, started: float, better: bool | None
+) -> Measurement:
+    count = len(samples)
+    return Measurement(
+        name=name,
+        value=float(samples.mean()),
+        standard_error=float(samples.std()) / math.sqrt(count) if count > 1 else math.nan,
+        higher_is_better=better,
+        num_examples=context.num_examples,
+        seconds=time.perf_counter() - started,
+        note=f"{count} probes",
     )
-    context.spent.gradient_equivalents += op.num_gradients - before
-    note = f"{estimate.num_probes} probes"
-    return [context.measurement("hessian_trace", estimate, note=note)]
 
 
 def measured_names(row: str, options: Tier2Spec) -> list[str]:
@@ -109,30 +173,6 @@ def measured_names(row: str, options: Tier2Spec) -> list[str]:
     """
     if row == "hessian_eigenvalues":
         return [f"hessian_eigenvalue_{i + 1}" for i in range(options.num_eigenvalues)]
-    if row == "swa_gain":
-        return ["swa_gain", "swa_gain_loss"]
+    if row in GAINS:
+        return [row, f"{row}_loss"]
     return [row]
-
-
-def estimated_samples(options: Tier2Spec, num_examples: int) -> int:
-    """About what measuring one trial costs, in training examples, for a prediction of the cost.
-
-    A forward pass counts a third of a gradient, a Hessian product two; Lanczos takes about six
-    products an eigenvalue. Refinements count their training examples.
-
-    Args:
-        options: The `tier2` section.
-        num_examples: Training images of the highest rung.
-    """
-    equivalents = {
-        "sam_sharpness": 5 / 3,
-        "asam_sharpness": 5 / 3,
-        "noise_sharpness": 17 / 3,
-        "gradient_norm": 1.0,
-        "hessian_eigenvalues": 2.0 * 6 * options.num_eigenvalues,
-        "hessian_trace": 2.0 * options.num_probes,
-    }
-    measured = min(options.num_examples, num_examples)
-    metrics = sum(equivalents.get(name, 1.0) for name in options.metrics)
-    refined = len(options.refinements) * options.refinement_epochs * num_examples
-    return round(metrics * measured) + refined

@@ -6,6 +6,10 @@ batches. Measured is the plain validation-style loss in eval mode, in true
 float32, on the first `tier2.num_examples` training examples of the nested order (fewer when the
 rung had fewer), unaugmented.
 
+How many examples, probe vectors and noise draws is what `budget.plan_measurement` chooses. Metrics
+share gradients and Hessian products (see `context`); a `Measurement` carries what it added to the
+cost and what it would have cost alone.
+
 Cost: `JobEnd.samples_seen` is the examples that refinements trained on plus, for the measurements,
 gradient equivalents times the examples measured on (`context.Spent`).
 """
@@ -27,7 +31,8 @@ from torch.nn import functional
 
 from llp import registry
 from llp.errors import EnvironmentProblem
-from llp.flatness.context import MetricContext
+from llp.flatness.budget import plan_measurement
+from llp.flatness.context import MetricContext, Spent
 from llp.flatness.metrics import measured_names
 from llp.landscape import evaluation_state
 from llp.protocols import Report
@@ -64,9 +69,10 @@ def measure(
     """
     started = time.perf_counter()
     functions = {name: registry.load("metrics", name) for name in metrics}
+    context.wanted = tuple(metrics)
     measurements: list[Measurement] = []
     for name, function in functions.items():
-        begun = time.perf_counter()
+        begun, before = time.perf_counter(), dataclasses.replace(context.spent)
         try:
             with evaluation_state(context.model):
                 found = [_checked(measurement) for measurement in function(context)]
@@ -74,12 +80,14 @@ def measure(
             if memory_must_do and jobs.is_out_of_memory(error):
                 raise
             found = _failed(context, name, error, time.perf_counter() - begun)
-        measurements += found
+        measurements += _with_cost(context, found, before)
     return FlatnessProfile(
         trial_id=trial_id,
         measurements=tuple(measurements),
         seconds=time.perf_counter() - started,
         device=device,
+        samples=float(context.spent.samples_seen(context.num_examples)),
+        note=context.note,
     )
 
 
@@ -180,12 +188,13 @@ class MeasuringObjective(ABC):
             return self.training.prepare(probe, device)
 
         setup = fresh()
-        batch_size = max(1, self.options.batch_size // job.micro_batch_divisor)
-        count = min(self.options.num_examples, setup.rung.num_examples)
+        planned = plan_measurement(self.options, setup.rung)
+        batch_size = max(1, planned.options.batch_size // job.micro_batch_divisor)
         return MetricContext(
             model=setup.model.float(),
-            batches=self.fixed(count, batch_size, device),
-            options=self.options,
+            batches=self.fixed(planned.options.num_examples, batch_size, device),
+            options=planned.options,
+            note=planned.note,
             seed=self.seed,
             fresh=fresh,
             loss_fn=self.loss_fn,
@@ -246,6 +255,21 @@ class CallableFlatnessObjective(MeasuringObjective):
         train, order = self._callable._splits()[0], self._callable._order()
         batches = ExampleBatches(train, order[:count], batch_size=batch_size, device=device)
         return list(batches.epoch(0))
+
+
+def _with_cost(
+    context: MetricContext, found: list[Measurement], before: Spent
+) -> list[Measurement]:
+    """`found` with what they added to the cost since `before`, in equal parts."""
+    spent, num = context.spent, context.num_examples
+    trained = spent.training_examples - before.training_examples
+    own = trained + num * (spent.gradient_equivalents - before.gradient_equivalents)
+    alone = trained + num * (spent.alone - before.alone)
+    parts = max(1, len(found))
+    return [
+        dataclasses.replace(each, samples=own / parts, samples_alone=alone / parts)
+        for each in found
+    ]
 
 
 def _checked(measurement: Measurement) -> Measurement:

@@ -1,216 +1,111 @@
-"""The Hessian of the mean loss as a linear operator: `H v` without forming H (Pearlmutter 1994).
+"""The Hessian of the loss as a linear operator: `H v` without forming H (Pearlmutter 1994).
 
-`H v = d/dtheta (g(theta) . v)` by differentiating the gradient's own graph. With that graph kept, a
-product costs the floor of twice a gradient; building it anew each time makes it three times.
-The operator is taken at the parameters' values when a graph is built; it notices parameters that
+`H v = d/dtheta (g(theta) . v)`, in two ways. Differentiating the gradient's own graph: with that
+graph kept a product costs the floor of twice a gradient, built anew three times. Or pushing the
+tangent `v` through the computation of the gradient (forward-over-reverse), which keeps nothing
+between products and needs the memory of about two gradients.
+The operator is taken at the parameters' values when a product is made: it notices parameters that
 were changed in place and builds its graphs again.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llp.landscape.parameters import (
-    evaluation_state,
-    exact_arithmetic,
-    flatten,
-    trainable,
-    unflatten,
-)
-from llp.landscape.passes import Batches, LossFunction, iterate, mean_loss
+from llp.landscape.data import Batch, Reduction
+from llp.landscape.devices import on_devices
+from llp.landscape.differentiable import TwiceDifferentiable
+from llp.landscape.engines import Engine
+from llp.landscape.functional import functional_call
+from llp.landscape.operators import Curvature, row_of
+from llp.landscape.parameters import Selection, unflatten
+from llp.landscape.passes import Batches, LossFunction
+from llp.landscape.products import BatchwiseCurvature, CurvatureOptions
 
-Retain = bool | Literal["auto"]
 
+class Hessian(BatchwiseCurvature):
+    """The `[P, P]` Hessian of the loss over all batches; made by `hessian`."""
 
-class Hessian:
-    """The P x P Hessian of the loss over all batches; use `op @ v` with `[P]` or `[P, K]`.
-
-    Attributes:
-        shape: `(P, P)`.
-        dtype: Of the parameters and of every product.
-        device: Of the parameters and of every product.
-        num_products: Products so far; each column of a block counts.
-        num_gradients: Gradients (graphs over the whole data) built so far.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        loss_fn: LossFunction,
-        batches: Batches,
-        *,
-        retain: Retain = "auto",
-        memory_budget: int | None = None,
-        chunk_size: int = 1,
-    ) -> None:
-        if chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
-        self._model = model
-        self._loss_fn = loss_fn
-        self._batches = batches
-        self._retain = retain
-        self._memory_budget = memory_budget
-        self._chunk_size = chunk_size
-        self._parameters = trainable(model)
-        self._watched = [*self._parameters, *model.buffers()]
-        size = sum(parameter.numel() for parameter in self._parameters)
-        self.shape = (size, size)
-        self.dtype = self._parameters[0].dtype
-        self.device = self._parameters[0].device
-        self.num_products = 0
-        self.num_gradients = 0
-        self._num_examples = 0
-        self._graph: list[Tensor] | None = None
-        self._stamp: tuple[tuple[int, int], ...] = ()
-        self._inside = False
-
-    @property
-    def num_examples(self) -> int:
-        """Examples in `batches`."""
-        if not self._num_examples:
-            self._num_examples = sum(size for *_, size in iterate(self._batches, self.device))
-        return self._num_examples
-
-    @property
-    def gradient_equivalents(self) -> float:
-        """Cost so far in gradients: one for each graph built, two for each product from it."""
-        return self.num_gradients + 2.0 * self.num_products
-
-    def __matmul__(self, vectors: Tensor) -> Tensor:
-        """H times `vectors` `[P]` or `[P, K]`, in the parameters' dtype, same shape."""
-        if vectors.ndim not in (1, 2) or vectors.shape[0] != self.shape[0]:
-            raise ValueError(
-                f"expected a vector [{self.shape[0]}] or a block [{self.shape[0]}, K], "
-                f"not shape {tuple(vectors.shape)}"
+    def record(self, batch: Batch) -> list[Tensor]:
+        """The batch's gradient, with its graph."""
+        with torch.enable_grad(), TwiceDifferentiable():
+            loss = self.loss(self.outputs(batch), batch)
+        return list(
+            torch.autograd.grad(
+                loss,
+                self.parameters,
+                create_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
             )
-        rows = vectors.detach().to(device=self.device, dtype=self.dtype)
-        rows = rows[None] if vectors.ndim == 1 else rows.T.contiguous()
-        with self.session():
-            product = self._multiply(rows)
-        self.num_products += len(rows)
-        return product[0] if vectors.ndim == 1 else product.T
+        )
 
-    @contextlib.contextmanager
-    def session(self) -> Iterator[None]:
-        """Holds the evaluation state over several products, so that it is saved only once."""
-        if self._inside:
-            yield
-            return
-        with evaluation_state(self._model), exact_arithmetic(self.device):
-            self._inside = True
-            try:
-                yield
-            finally:
-                self._inside = False
+    def merge(self, first: list[Tensor], second: list[Tensor]) -> list[Tensor]:
+        """The sum of two gradients."""
+        with torch.enable_grad():
+            return [a + b for a, b in zip(first, second, strict=True)]
 
-    def release(self) -> None:
-        """Frees the kept graphs; the next product builds them again."""
-        self._graph = None
+    def recorded(self, record: list[Tensor]) -> list[Tensor]:
+        """The gradient."""
+        return record
 
-    def _multiply(self, rows: Tensor) -> Tensor:
-        if self._graph is not None and self._stamp != _stamp(self._watched):
-            self.release()
-        if self._graph is None and self._keeps_graphs():
-            self._graph = self._build()
-            self._stamp = _stamp(self._watched)
-        if self._graph is not None:
-            return self._differentiate(self._graph, rows)
-        total = torch.zeros_like(rows)
-        for inputs, targets, size in iterate(self._batches, self.device):
-            graph = self._batch_gradient(inputs, targets, size / self.num_examples)
-            total += self._differentiate(graph, rows)
-        self.num_gradients += 1
-        return total
+    def gradient(self) -> Tensor:
+        """From the kept graph, where there is one."""
+        if self.plan is not None and self.plan.engine == "retained" and self.data.num_local:
+            return row_of(self.graph(), self.parameters)
+        return super().gradient()
 
-    def _differentiate(self, graph: Sequence[Tensor], rows: Tensor) -> Tensor:
-        """Rows `[K, P]` times the Jacobian of the gradient, which is symmetric."""
+    def multiply_record(self, record: list[Tensor], row: Tensor, slots: tuple[int, ...]) -> Tensor:
+        """The Jacobian of the gradient, which is symmetric, times the vector."""
+        chosen = [self.parameters[slot] for slot in slots]
+        parts = unflatten(row, chosen)
         pairs = [
-            (output, slot)
-            for slot, output in enumerate(graph)
-            if output.requires_grad  # a parameter the loss is linear in has a constant gradient
+            (record[slot], part)
+            for slot, part in zip(slots, parts, strict=True)
+            if record[slot].requires_grad  # the loss may be linear in a parameter
         ]
         if not pairs:
-            return torch.zeros_like(rows)
-        outputs = [output for output, _ in pairs]
-        results = []
-        for chunk in torch.split(rows, self._chunk_size):
-            batched = len(chunk) > 1
-            parts = unflatten(chunk if batched else chunk[0], self._parameters)
-            products = torch.autograd.grad(
-                outputs,
-                self._parameters,
-                [parts[slot] for _, slot in pairs],
-                retain_graph=True,
-                allow_unused=True,
-                materialize_grads=not batched,
-                is_grads_batched=batched,
-            )
-            if batched:
-                filled = [
-                    parameter.new_zeros(len(chunk), parameter.numel())
-                    if product is None
-                    else product.reshape(len(chunk), -1)
-                    for product, parameter in zip(products, self._parameters, strict=True)
-                ]
-                results.append(torch.cat(filled, dim=1))
-            else:
-                results.append(flatten(products)[None])
-        return torch.cat(results)
+            return torch.zeros_like(row)
+        outputs, slopes = [each for each, _ in pairs], [each for _, each in pairs]
+        products = torch.autograd.grad(
+            outputs, chosen, slopes, retain_graph=True, allow_unused=True
+        )
+        return row_of(products, chosen)
 
-    def _build(self) -> list[Tensor]:
-        """The gradient over all batches with its graph; one backward then serves every batch."""
-        total: list[Tensor] | None = None
-        for inputs, targets, size in iterate(self._batches, self.device):
-            part = self._batch_gradient(inputs, targets, size / self.num_examples)
-            total = part if total is None else [a + b for a, b in zip(total, part, strict=True)]
-        assert total is not None
-        self.num_gradients += 1
-        return total
+    def multiply_forward(self, prepared: Batch, row: Tensor, slots: tuple[int, ...]) -> Tensor:
+        """The derivative of the gradient along the vector."""
+        chosen = [self.parameters[slot] for slot in slots]
+        names = [self.names[slot] for slot in slots]
+        values = {name: p.detach() for name, p in zip(names, chosen, strict=True)}
+        tangents = dict(zip(names, unflatten(row, chosen), strict=True))
+        whole = _WithLoss(self.model, lambda batch: self.loss(self.model(batch.inputs), batch))
 
-    def _batch_gradient(self, inputs: Any, targets: Any, weight: float) -> list[Tensor]:
-        with torch.enable_grad():
-            loss = mean_loss(self._model, self._loss_fn, inputs, targets) * weight
-            return list(
-                torch.autograd.grad(
-                    loss,
-                    self._parameters,
-                    create_graph=True,
-                    allow_unused=True,
-                    materialize_grads=True,
-                )
-            )
+        def loss(values: dict[str, Tensor]) -> Tensor:
+            with TwiceDifferentiable(convolutions=False):
+                named = {f"model.{name}": value for name, value in values.items()}
+                result: Tensor = functional_call(whole, named, (prepared,))
+                return result
 
-    def _keeps_graphs(self) -> bool:
-        """Whether the graphs of all batches fit, from the bytes the first batch's graph saves."""
-        if self._retain == "auto":
-            given = self._memory_budget
-            budget = _free_bytes(self.device) if given is None else given
-            self._retain = self._graph_bytes() <= budget
-        return self._retain
+        products = torch.func.jvp(torch.func.grad(loss), (values,), (tangents,))[1]
+        return row_of([products[name] for name in names], chosen)
 
-    def _graph_bytes(self) -> float:
-        saved: dict[int, int] = {}
-        own = {parameter.untyped_storage().data_ptr() for parameter in self._parameters}
 
-        def count(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                saved[storage.data_ptr()] = storage.nbytes()
-            return tensor
+class _WithLoss(nn.Module):
+    """A network with its loss as one module, so that both see replaced parameters."""
 
-        iterator = iterate(self._batches, self.device)
-        inputs, targets, size = next(iterator)
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            graph = self._batch_gradient(inputs, targets, 1.0)
-        total = sum(saved.values())
-        del graph
-        return total * self.num_examples / size
+    def __init__(self, model: nn.Module, loss: Any) -> None:
+        super().__init__()
+        self.model = model
+        self._loss = loss
+        self.training = model.training
+
+    def forward(self, batch: Batch) -> Tensor:
+        result: Tensor = self._loss(batch)
+        return result
 
 
 def hessian(
@@ -218,27 +113,46 @@ def hessian(
     loss_fn: LossFunction,
     batches: Batches,
     *,
-    retain: Retain = "auto",
+    parameters: Selection = None,
+    reduction: Reduction = "auto",
+    engine: Engine = "auto",
     memory_budget: int | None = None,
-    chunk_size: int = 1,
-) -> Hessian:
-    """The Hessian of the mean loss over `batches` as a linear operator.
+    chunk_size: int | None = None,
+    check: bool = True,
+    devices: Sequence[torch.device | str] | None = None,
+    process_group: Any = None,
+) -> Curvature:
+    """The Hessian of the loss over `batches` as a linear operator.
 
     Products run in eval mode in the parameters' dtype, with TF32 and fused attention off, and leave
     weights, buffers, `.grad`, training flags and random states bit-identical.
 
     Args:
         model: Any module; frozen parameters are left out, tied ones counted once.
-        loss_fn: `loss_fn(outputs, targets)`, a mean over the batch.
-        batches: Re-iterable of `(inputs, targets)`; batches may differ in size.
-        retain: Keep the gradient's graph between products; `auto` while it fits.
-        memory_budget: Bytes that `auto` may keep; default: a quarter of the free memory, at most
-            1 GiB on the CPU.
-        chunk_size: Columns of a block that are differentiated at once. 1 is best for convolutions
-            on a CPU; 16 is several times faster for networks of a few thousand parameters.
+        loss_fn: `loss_fn(outputs, targets)`, a mean or a sum over the batch.
+        batches: Re-iterable of `(inputs, targets)`; batches may differ in size and are weighted by
+            it. It must give the same data every time.
+        parameters: Which parameters: names of parameters or modules, or a predicate of name and
+            owning module; default: all.
+        reduction: What `loss_fn` does over a batch; `auto` finds out. The Hessian is that of the
+            mean over all examples for `mean`, of the sum for `sum`.
+        engine: `retained` keeps the gradient's graph between products, `rebuild` builds it each
+            time, `forward` is forward-over-reverse. `auto` keeps the graph where it fits the
+            budget; where it does not, and on a GPU, it times the alternatives on the first batch.
+            `forward` alone does not see a loss function that holds on to parameters; `auto`
+            notices that.
+        memory_budget: Bytes that kept graphs may take; default: a quarter of the free memory, at
+            most 4 GiB on a CPU.
+        chunk_size: Columns of a block that are differentiated at once; default: by a timed probe.
+        check: Refuse data that change between passes and networks that draw random numbers. Costs
+            one reading of a loader; nothing for a list.
+        devices: Spread the batches over these, with a copy of the model on each.
+        process_group: A group of `torch.distributed`: each process holds its own share of the
+            batches, products are summed over the group, and every process must make the same calls.
 
     Raises:
-        ValueError: No trainable parameters, an empty batch list, or a loss that is no scalar.
+        ValueError: No trainable parameters, an empty batch list, a loss that is no scalar, or data
+            that are not the same in a second pass (`NotRepeatableError`).
         TypeError: `batches` can be read only once.
 
     >>> model = nn.Linear(2, 1, bias=False)
@@ -247,23 +161,14 @@ def hessian(
     >>> op @ torch.tensor([1.0, 2.0])
     tensor([1., 2.])
     """
-    return Hessian(
-        model,
-        loss_fn,
-        batches,
-        retain=retain,
+    options = CurvatureOptions(
+        parameters=parameters,
+        reduction=reduction,
+        engine=engine,
         memory_budget=memory_budget,
         chunk_size=chunk_size,
+        check=check,
+        devices=devices,
+        process_group=process_group,
     )
-
-
-def _stamp(parameters: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
-    return tuple((parameter.data_ptr(), parameter._version) for parameter in parameters)
-
-
-def _free_bytes(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] / 4
-    pages = os.sysconf("SC_AVPHYS_PAGES") if hasattr(os, "sysconf") else 2**17
-    size = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**12
-    return min(pages * size / 4, 2**30)
+    return on_devices(Hessian, model, loss_fn, batches, options)

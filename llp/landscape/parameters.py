@@ -8,8 +8,9 @@ must share one dtype and one device.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,68 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
         raise ValueError(
             f"parameters must share one dtype and one device, not {sorted(map(str, kinds))}"
         )
+    return found
+
+
+Selection = Sequence[str] | Callable[[str, nn.Module], bool] | None
+"""Which parameters: names of parameters or modules, or a predicate of name and owning module."""
+
+
+def selected(model: nn.Module, parameters: Selection = None) -> dict[str, nn.Parameter]:
+    """The trainable parameters that are meant, by name, in the order of `model.parameters()`.
+
+    Args:
+        model: Frozen parameters are left out; a tied parameter goes by its first name.
+        parameters: None for all. Names: of parameters (`layer1.weight`) or of modules (`layer1`,
+            which stands for all parameters inside). A predicate gets the full name of a parameter
+            and the module that owns it, for example
+            `lambda name, module: isinstance(module, nn.Conv2d)`.
+
+    Raises:
+        ValueError: A name does not exist or is frozen, nothing is left, or the trainable parameters
+            differ in dtype or device.
+
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+    >>> list(selected(model, ["2", "0.bias"]))
+    ['0.bias', '2.weight', '2.bias']
+    """
+    trainable(model)
+    names: dict[int, str] = {}
+    wanted: set[int] = set()
+    asked = {} if parameters is None or callable(parameters) else dict.fromkeys(parameters, 0)
+    known: set[str] = set()
+    for path, module in model.named_modules(remove_duplicate=False):
+        for short, parameter in module._parameters.items():
+            if parameter is None or not parameter.requires_grad:
+                continue
+            name = f"{path}.{short}" if path else short
+            names.setdefault(id(parameter), name)
+            ancestors = [name[:end] for end, letter in enumerate(name) if letter == "."]
+            known.update(ancestors, [name])
+            if parameters is None:
+                meant = True
+            elif callable(parameters):
+                meant = bool(parameters(name, module))
+            else:
+                meant = False
+                for part in [*ancestors, name]:
+                    if part in asked:
+                        asked[part] += 1
+                        meant = True
+            if meant:
+                wanted.add(id(parameter))
+    for name, count in asked.items():
+        if count == 0:
+            near = difflib.get_close_matches(name, sorted(known), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"no trainable parameter or module is called {name!r}{hint}")
+    found = {
+        names[id(parameter)]: parameter
+        for parameter in model.parameters()
+        if id(parameter) in wanted
+    }
+    if not found:
+        raise ValueError("the selection leaves no trainable parameter")
     return found
 
 

@@ -94,7 +94,7 @@ def iterate(batches: Batches, device: torch.device) -> Iterator[tuple[Any, Any, 
     """`(inputs, targets, number of examples)` on `device`.
 
     Raises:
-        TypeError: `batches` is an iterator, which could be read only once.
+        TypeError: `batches` is an iterator, which could be read only once, or a bare `(X, Y)`.
         ValueError: `batches` is empty.
     """
     iterator = iter(batches)
@@ -102,6 +102,9 @@ def iterate(batches: Batches, device: torch.device) -> Iterator[tuple[Any, Any, 
         raise TypeError(
             "batches can be read only once; give a list of (inputs, targets) or a DataLoader"
         )
+    one = batches[0] if isinstance(batches, list | tuple) and batches else batches
+    if isinstance(one, Tensor):
+        raise TypeError("batches are pairs of (inputs, targets); for a single one give [(X, Y)]")
     count = 0
     for inputs, targets in iterator:
         count += 1
@@ -130,7 +133,15 @@ def mean_loss(model: nn.Module, loss_fn: LossFunction, inputs: Any, targets: Any
     Raises:
         ValueError: `loss_fn` returned something else than a scalar.
     """
-    loss = loss_fn(model(inputs), targets)
+    return scalar(loss_fn(model(inputs), targets))
+
+
+def scalar(loss: Tensor) -> Tensor:
+    """`loss` itself.
+
+    Raises:
+        ValueError: It is no scalar.
+    """
     if loss.ndim:
         raise ValueError(f"loss_fn must return a scalar mean, not shape {tuple(loss.shape)}")
     return loss
@@ -196,6 +207,31 @@ def gradient(model: nn.Module, loss_fn: LossFunction, batches: Batches) -> Gradi
     counts = torch.tensor(group_sizes, dtype=torch.float64)
     groups = stacked.div_(counts.to(stacked)[:, None])
     return Gradient(total, groups, counts / losses.num_examples, losses)
+
+
+def value_and_gradient(
+    model: nn.Module, loss_fn: LossFunction, batches: Batches
+) -> tuple[BatchLosses, Tensor]:
+    """Batch losses and the gradient `[P]` over all batches, in the memory of two gradients.
+
+    The caller has put the model in its evaluation state.
+    """
+    parameters = trainable(model)
+    total: Tensor | None = None
+    values: list[Tensor] = []
+    sizes: list[int] = []
+    with torch.enable_grad():
+        for inputs, targets, size in iterate(batches, parameters[0].device):
+            loss = mean_loss(model, loss_fn, inputs, targets)
+            part = flatten(
+                torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+            ).mul_(size)
+            total = part if total is None else total.add_(part)
+            values.append(loss.detach().double())
+            sizes.append(size)
+    assert total is not None
+    losses = BatchLosses(torch.stack(values).cpu(), tuple(sizes))
+    return losses, total.div_(losses.num_examples)
 
 
 def _to(value: Any, device: torch.device) -> Any:

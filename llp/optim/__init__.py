@@ -4,7 +4,7 @@ Every row is `row(parameters, *, learning_rate, weight_decay, **options) -> Opti
 are those of the experiment file; here they become torch's `lr`, `betas` and `eps`. To add an
 optimizer, write such a function in a file of this room and a row in the table (or a
 `llp.optimizers` entry point); `tests/test_optim_rows.py` then runs it through the same life cycle
-as all others.
+as all others. One that takes several gradients a step, or wraps another, is a `wrapper.Wrapper`.
 
 Weight decay acts on every parameter, biases and normalisation layers included, which is torch's
 default. Pass parameter groups with their own `weight_decay` to change that.
@@ -22,6 +22,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from llp import registry
 from llp.errors import SpecError, unknown
+from llp.optim.wrapper import gradients_per_step
 
 Parameters: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]]
 """Tensors, or parameter groups as torch takes them (`{"params": [...], "lr": ...}`)."""
@@ -64,6 +65,38 @@ def build(
         raise SpecError(f"optimizer '{name}' with {options or 'its defaults'}: {error}") from error
     if not isinstance(optimizer, Optimizer):
         raise SpecError(f"optimizer '{name}' made a {type(optimizer).__name__}, not an Optimizer")
+    return optimizer
+
+
+def around(
+    base: str,
+    parameters: Parameters,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    **options: Any,
+) -> Optimizer:
+    """The optimizer `base`, for one that wraps it.
+
+    Args:
+        base: A row that takes one gradient a step.
+        parameters: See `build`.
+        learning_rate: Of `base`.
+        weight_decay: Of `base`.
+        options: Of `base`; None stands for its default.
+
+    Raises:
+        SpecError: `base` is unknown, takes several gradients, or does not take an option.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    optimizer = build(
+        base, parameters, learning_rate=learning_rate, weight_decay=weight_decay, **given
+    )
+    if gradients_per_step(optimizer)[0] != 1:
+        raise SpecError(
+            f"base '{base}' takes several gradients a step itself; choose one that takes one, "
+            "such as sgd or adamw"
+        )
     return optimizer
 
 
@@ -194,4 +227,4 @@ def _fused(groups: list[Any]) -> bool:
     )
 
 
-__all__ = ["Parameters", "adam", "adamw", "build", "sgd"]
+__all__ = ["Parameters", "adam", "adamw", "around", "build", "sgd"]

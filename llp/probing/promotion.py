@@ -4,6 +4,9 @@ Each scheduler is a pure function `next_step(state)` of the ledger's state. It i
 worker is free and answers with a new trial, a promotion, a retry, `WAIT` (something that is running
 must end first) or `DONE`.
 
+Hyperband's brackets begin one after the other, the next as soon as nothing can be promoted in those
+before; so one worker does them in the paper's order, and many never wait between them.
+
 ASHA here fills the lowest rung with new configurations first and then promotes without a barrier,
 but only those whose place among the `floor(N / eta)` that go on is certain, whatever the jobs that
 are still running or to come bring. So a worker waits only for the last stragglers of a rung, no
@@ -16,11 +19,14 @@ before any new trial starts; early mistakes are then part of the price.
 from __future__ import annotations
 
 import bisect
+import functools
+import itertools
 from dataclasses import dataclass
 from typing import Literal
 
 from llp.probing.budgets import Bracket, fill_brackets, hyperband_brackets, rung_sizes
-from llp.probing.state import WORST, SearchState
+from llp.probing.standings import Standings
+from llp.probing.state import SearchState
 from llp.records import Decision
 
 
@@ -48,6 +54,12 @@ class Scheduler:
         reduction_factor: eta; one in eta goes on.
         max_failures: Retries of a job that failed or lost its worker.
         eager: Promote on incomplete rungs and before new trials start.
+        costs: Cost of a job on each rung, in any unit; by default the top rung's is 1 and every
+            rung below takes 1/eta of the one above.
+        warm: Whether a promoted trial goes on from the weights of the rung below.
+
+    Raises:
+        ValueError: A number is out of range, or there is not one cost for each rung.
     """
 
     num_trials: int
@@ -55,6 +67,26 @@ class Scheduler:
     reduction_factor: int = 3
     max_failures: int = 2
     eager: bool = False
+    costs: tuple[float, ...] = ()
+    warm: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_trials < 1 or self.num_rungs < 1 or self.reduction_factor < 2:
+            raise ValueError(
+                "a scheduler needs at least 1 trial, 1 rung and a reduction_factor of 2, got "
+                f"{self.num_trials}, {self.num_rungs} and {self.reduction_factor}"
+            )
+        if self.costs and (len(self.costs) != self.num_rungs or min(self.costs) <= 0):
+            raise ValueError(
+                f"costs must be {self.num_rungs} positive numbers, one for each rung, got "
+                f"{list(self.costs)}"
+            )
+
+    def rung_costs(self) -> list[float]:
+        """Cost of a job on each rung, in full jobs of the top rung."""
+        if self.costs:
+            return [cost / self.costs[-1] for cost in self.costs]
+        return [self.reduction_factor ** (k + 1 - self.num_rungs) for k in range(self.num_rungs)]
 
     def brackets(self) -> list[Bracket]:
         """The brackets, in the order in which trials are assigned to them."""
@@ -70,15 +102,16 @@ class Scheduler:
         if retry is not None:
             return retry
         if self.eager:
-            early = self._promotions(state, eager=True)
-            if early:
-                return early[0]
+            early = self._promotion(state, eager=True)
+            if early is not None:
+                return early
         start = self._start(len(state.trials))
-        if start is not None:
-            return start
-        certain = self._promotions(state, eager=False)
-        if certain:
-            return certain[0]
+        if start is not None:  # a bracket ends, as far as it can, before the next begins
+            earlier = self._promotion(state, eager=False, brackets=start.bracket)
+            return earlier or start
+        certain = self._promotion(state, eager=False)
+        if certain is not None:
+            return certain
         return WAIT if state.running else DONE
 
     def _retry(self, state: SearchState) -> Decision | None:
@@ -91,51 +124,73 @@ class Scheduler:
 
     def _start(self, num_started: int) -> NewTrial | None:
         """The place of the next new trial, or None when all have started."""
-        for number, bracket in enumerate(self.brackets()):
-            if num_started < bracket.size:
-                place = f"number {num_started + 1} of {bracket.size} on rung {bracket.first_rung}"
-                return NewTrial(number, bracket.first_rung, place)
-            num_started -= bracket.size
+        number = bisect.bisect_right(self._starts, num_started) - 1
+        if num_started >= self.num_trials or number >= len(self._layout):
+            return None
+        bracket, done = self._layout[number], num_started - self._starts[number]
+        place = f"number {done + 1} of {bracket.size} on rung {bracket.first_rung}"
+        return NewTrial(number, bracket.first_rung, place)
+
+    @functools.cached_property
+    def _layout(self) -> list[Bracket]:
+        return self.brackets()
+
+    @functools.cached_property
+    def _starts(self) -> list[int]:
+        """Number of trials before each bracket."""
+        return [0, *itertools.accumulate(bracket.size for bracket in self._layout)][:-1]
+
+    @functools.cached_property
+    def _sizes(self) -> list[dict[int, int]]:
+        return self.sizes()
+
+    def bracket_of(self, index: int, rung: int) -> int:
+        """The bracket of trial number `index`, which starts on `rung`."""
+        return bisect.bisect_right(self._starts, index) - 1
+
+    def _promotion(
+        self, state: SearchState, *, eager: bool, brackets: int | None = None
+    ) -> Decision | None:
+        """The promotion to make now, if any: of the first bracket, highest rung, best trial.
+
+        Only the first `brackets` are looked at, by default all.
+        """
+        standings = state.standings(self.max_failures)
+        for number, sizes in enumerate(self._sizes[:brackets]):
+            if self._starts[number] >= len(state.trials):
+                return None  # no later bracket has begun
+            found = self._within(standings, number, sizes, eager=eager)
+            if found is not None:
+                return found
         return None
 
-    def _promotions(self, state: SearchState, *, eager: bool) -> list[Decision]:
-        """The promotions that may be made now, highest rung first, then best first."""
-        decisions: list[Decision] = []
-        for number, sizes in enumerate(self.sizes()):
-            members = [t for t, trial in state.trials.items() if trial.bracket == number]
-            to_come = 0
-            by_rung: list[list[Decision]] = []
-            for rung in sorted(sizes)[:-1]:
-                over = [
-                    t for t in members if state.is_over(t, rung, max_failures=self.max_failures)
-                ]
-                if rung == min(sizes):
-                    to_come = sizes[rung] - len(over)
-                ranked = sorted(over, key=lambda t, r=rung: state.result(t, r), reverse=True)  # type: ignore[misc]
-                waiting = [
-                    (position, t)
-                    for position, t in enumerate(ranked, start=1)
-                    if (t, rung + 1) not in state.promoted and state.result(t, rung) != WORST
-                ]
-                num_promoted = sum((t, rung + 1) in state.promoted for t in members)
-                quota = len(over) // self.reduction_factor if eager else sizes[rung + 1]
-                slack = 0 if eager else to_come
-                by_rung.append(
-                    [
-                        Decision("promote", t, rung + 1, _reason(position, len(over), rung, quota))
-                        for position, t in waiting
-                        if position + slack <= quota or (not eager and to_come == 0)
-                    ][: None if eager else max(0, quota - num_promoted)]
-                )
-                arrived = sum(
-                    state.is_over(t, rung + 1, max_failures=self.max_failures) for t in members
-                )
-                to_come = min(
-                    max(sizes[rung + 1], num_promoted), num_promoted + len(waiting) + to_come
-                )
-                to_come -= arrived
-            decisions += [d for group in reversed(by_rung) for d in group]
-        return decisions
+    def _within(
+        self, standings: Standings, number: int, sizes: dict[int, int], *, eager: bool
+    ) -> Decision | None:
+        """The promotion to make in one bracket.
+
+        `to_come` counts the results that a rung may still get; a trial is certain to be among the
+        best when it would be with all of them ahead of it.
+        """
+        found: Decision | None = None
+        rungs = sorted(sizes)
+        to_come = sizes[rungs[0]] - standings.rung(number, rungs[0]).num_over
+        for rung in rungs[:-1]:
+            here, above = standings.rung(number, rung), standings.rung(number, rung + 1)
+            quota = here.num_over // self.reduction_factor if eager else sizes[rung + 1]
+            if here.waiting and (eager or above.num_promoted < quota):
+                best = here.waiting[0]
+                position = here.place(best)
+                certain = not eager and to_come == 0
+                if certain or position + (0 if eager else to_come) <= quota:
+                    reason = _reason(position, here.num_over, rung, quota)
+                    found = Decision("promote", best[3], rung + 1, reason)
+            to_come = min(
+                max(sizes[rung + 1], above.num_promoted),
+                above.num_promoted + len(here.waiting) + to_come,
+            )
+            to_come -= above.num_over
+        return found
 
 
 def _reason(position: int, num_over: int, rung: int, quota: int) -> str:
@@ -172,28 +227,29 @@ class Median(Scheduler):
         retry = self._retry(state)
         if retry is not None:
             return retry
-        upward = self._promotions(state, eager=False)
-        if upward:
-            return upward[0]
+        upward = self._promotion(state, eager=False)
+        if upward is not None:
+            return upward
         return self._start(len(state.trials)) or (WAIT if state.running else DONE)
 
-    def _promotions(self, state: SearchState, *, eager: bool) -> list[Decision]:
-        decisions = []
-        seen: dict[int, list[tuple[float, float]]] = {}
-        for (trial_id, rung), _ in state.ends.items():
-            if not state.is_over(trial_id, rung, max_failures=self.max_failures):
-                continue
-            result = state.result(trial_id, rung)
-            results = seen.setdefault(rung, [])
-            bisect.insort(results, result)
-            if rung == self.num_rungs or result == WORST:
-                continue
-            if result >= results[len(results) // 2] and (
-                (trial_id, rung + 1) not in state.promoted
-            ):
-                reason = f"not below the median of {len(results)} results on rung {rung}"
-                decisions.append(Decision("promote", trial_id, rung + 1, reason))
-        return decisions
+    def _promotion(
+        self,
+        state: SearchState,
+        *,
+        eager: bool,
+        brackets: int | None = None,
+    ) -> Decision | None:
+        standings = state.standings(self.max_failures)
+        passed = standings.passed_median
+        while passed and (
+            passed[0][1] >= self.num_rungs or (passed[0][0], passed[0][1] + 1) in state.promoted
+        ):
+            passed.popleft()
+        if passed:
+            trial_id, rung, num = passed[0]
+            reason = f"not below the median of {num} results on rung {rung}"
+            return Decision("promote", trial_id, rung + 1, reason)
+        return None
 
 
 class Fifo(Scheduler):

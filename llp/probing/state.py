@@ -7,10 +7,12 @@ again, and a resumed search goes on as if nothing had happened.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from llp.probing.standings import Standings
 from llp.records import (
     CurvePoint,
     Decision,
@@ -51,7 +53,15 @@ class SearchState:
         memory_failures: Job id -> how many of those ran out of memory.
         promoted: (trial id, rung) of every recorded promotion into that rung.
         stops: Job id -> recorded stop decision.
+        audits: Job id -> recorded audit (a stop not carried out) and the epoch it came at.
         announced: Trial id -> the decision to start it; the trial itself is the next line.
+        completed: Rung -> trials that completed it, in order of their end.
+        stops_off: The decision after which no rule stops by forecast, if any.
+        ended: The decision that ended tier 1 early, if any.
+        seconds: Time between the ledger's lines so far, without the time when no driver ran.
+        number: Trial id -> its place in the order of suggestion.
+        touched: (trial id, rung) of every probe that an event was about, in order of the events.
+        last_end: (trial id, rung) -> where in `touched` its latest end is.
     """
 
     trials: dict[str, Trial] = field(default_factory=dict)
@@ -64,7 +74,17 @@ class SearchState:
     memory_failures: dict[str, int] = field(default_factory=dict)
     promoted: set[tuple[str, int]] = field(default_factory=set)
     stops: dict[str, Decision] = field(default_factory=dict)
+    audits: dict[str, tuple[Decision, int]] = field(default_factory=dict)
     announced: dict[str, Decision] = field(default_factory=dict)
+    completed: dict[int, list[str]] = field(default_factory=dict)
+    stops_off: Decision | None = None
+    ended: Decision | None = None
+    seconds: float = 0.0
+    _last_time: float = sys.float_info.max
+    number: dict[str, int] = field(default_factory=dict)
+    touched: list[tuple[str, int]] = field(default_factory=list)
+    last_end: dict[tuple[str, int], int] = field(default_factory=dict)
+    _standings: dict[int, Standings] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def from_events(cls, events: Iterable[Mapping[str, Any]]) -> SearchState:
@@ -76,12 +96,17 @@ class SearchState:
 
     def apply(self, event: Mapping[str, Any]) -> None:
         """Takes one ledger event into account; events about other things are ignored."""
-        kind = event["event"]
+        kind, time = event["event"], float(event.get("time", self._last_time))
+        if kind != "opened":
+            self.seconds += max(0.0, time - self._last_time)
+        self._last_time = time
         if kind == "opened":
             self.orphans.update(self.running)
+            self.touched += [(j.trial.trial_id, j.rung.rung) for j in self.running.values()]
             self.running.clear()
         elif kind == "trial":
             trial = from_plain(Trial, event["trial"])
+            self.number.setdefault(trial.trial_id, len(self.number))
             self.trials[trial.trial_id] = trial
         elif kind == "decision":
             decision = from_plain(Decision, event["decision"])
@@ -89,12 +114,21 @@ class SearchState:
                 self.announced[decision.trial_id] = decision
             elif decision.kind == "promote":
                 self.promoted.add((decision.trial_id, decision.rung))
+                self.touched.append((decision.trial_id, decision.rung))
             elif decision.kind == "stop":
                 self.stops[probe_id(decision.trial_id, decision.rung)] = decision
+            elif decision.kind == "audit":
+                job_id = probe_id(decision.trial_id, decision.rung)
+                self.audits[job_id] = (decision, max(self.points.get(job_id, {0: None})))
+            elif decision.kind == "stops_off":
+                self.stops_off = decision
+            elif decision.kind == "end":
+                self.ended = decision
         elif kind == "job" and event["job"]["kind"] == "probe":
             job = from_plain(Job, event["job"])
             self.orphans.pop(job.job_id, None)
             self.running[job.job_id] = self.issued[job.job_id] = job
+            self.touched.append((job.trial.trial_id, job.rung.rung))
         elif kind == "point":
             point = from_plain(CurvePoint, event["point"])
             points = self.points.setdefault(event["job_id"], {})
@@ -112,8 +146,21 @@ class SearchState:
                 self.memory_failures[end.job_id] = self.memory_failures.get(end.job_id, 0) + 1
             if job is not None:
                 self.orphans[end.job_id] = job
-        self.ends.pop((end.trial_id, rung), None)  # a retried job counts when it really ended
+        # a retried job counts when it really ended
+        before = self.ends.pop((end.trial_id, rung), None)
+        if end.outcome == "completed" and (before is None or before.outcome != "completed"):
+            self.completed.setdefault(rung, []).append(end.trial_id)
         self.ends[end.trial_id, rung] = end
+        self.last_end[end.trial_id, rung] = len(self.touched)
+        self.touched.append((end.trial_id, rung))
+
+    def standings(self, max_failures: int) -> Standings:
+        """The results of every rung in order, up to date."""
+        found = self._standings.get(max_failures)
+        if found is None:
+            found = self._standings[max_failures] = Standings(self, max_failures)
+        found.update()
+        return found
 
     def curve(self, trial_id: str, rung: int, *, up_to: int | None = None) -> LearningCurve:
         """The points of a trial on a rung in order of epoch, none after `up_to`."""

@@ -126,7 +126,9 @@ def flatness_section(result: SearchResult) -> Section:
         signed("low", "from"),
         signed("high", "to (90 %)"),
         share("relative_error", "relative error"),
-        seconds("seconds", "cost"),
+        seconds("seconds", "time"),
+        whole("samples", "samples"),
+        whole("samples_alone", "alone"),
     )
     columns = (
         text("trial_id", "trial"),
@@ -134,7 +136,8 @@ def flatness_section(result: SearchResult) -> Section:
         Column("value", "value"),
         Column("standard_error", "± standard error", lambda value: formats.number(value, 2)),
         whole("num_examples", "images"),
-        seconds("seconds", "cost"),
+        seconds("seconds", "time"),
+        whole("samples", "samples"),
         whole("rung", "rung"),
         share("validation_accuracy", "accuracy"),
         text("note", "note"),
@@ -157,9 +160,17 @@ def flatness_section(result: SearchResult) -> Section:
             Data("Every measurement", table(data, columns), sortable=True),
         ),
         note="Upwards: validation accuracy of the measured weights. Bars are standard errors of "
-        "the estimate, where it has one.",
+        "the estimate, where it has one. Samples: cost in training images; metrics share gradients "
+        "and Hessian products, and the first that needs one pays; alone: without sharing."
+        + _budget(result),
     )
     return Section("flatness", "Tier 2 against tier 1", lead, (exhibit,))
+
+
+def _budget(result: SearchResult) -> str:
+    """What the budget of tier 2 chose, as the first profile says it."""
+    chosen = dict.fromkeys(profile.note for profile in result.profiles if profile.note)
+    return f" Chosen by the {formats.clean(next(iter(chosen)))}." if chosen else ""
 
 
 def scores_section(result: SearchResult) -> Section:

@@ -60,12 +60,13 @@ def study_page(result: SearchResult) -> str:
     )
 
 
-def page(template: str, *, title: str, **context: Any) -> str:
+def page(template: str, *, title: str, extra_style: str = "", **context: Any) -> str:
     """The template rendered inside the base page, with style, script and policy.
 
     Args:
         template: A file in `templates/` that extends `base.html`.
         title: Of the page.
+        extra_style: A style sheet in `templates/` for this kind of page, beside the common one.
         **context: What the template needs.
     """
     script = _source("sort.js")
@@ -75,11 +76,16 @@ def page(template: str, *, title: str, **context: Any) -> str:
         .render(
             title=title,
             policy=content_security_policy(script),
-            style=Markup(palette.css() + _source("style.css")),
+            style=Markup(palette.css() + _source("style.css") + _source(extra_style)),
             script=Markup(script),
             **context,
         )
     )
+
+
+def part(name: str, *arguments: Any) -> Markup:
+    """What the macro `name` of `templates/parts.html` makes of its arguments."""
+    return Markup(getattr(_environment().get_template("parts.html").module, name)(*arguments))
 
 
 def content_security_policy(script: str) -> str:
@@ -139,6 +145,8 @@ def _printable(value: Any) -> Any:
 
 @lru_cache
 def _source(name: str) -> str:
+    if not name:
+        return ""
     loader = _environment().loader
     assert loader is not None
     return loader.get_source(_environment(), name)[0].strip()

@@ -114,10 +114,16 @@ def ladder_section(result: SearchResult) -> Section:
         title="Decisions",
         reading=", ".join(
             formats.plural(int(counts[kind]), noun)
-            for kind, noun in (("promote", "promotion"), ("stop", "early stop"), ("retry", "retry"))
+            for kind, noun in (
+                ("promote", "promotion"),
+                ("stop", "early stop"),
+                ("audit", "audit"),
+                ("retry", "retry"),
+            )
             if kind in counts
         ).replace("retrys", "retries")
         + "."
+        + "".join(f" Tier 1 ended early, {d.reason}." for d in result.decisions if d.kind == "end")
         if len(counts)
         else "No trial has been promoted, stopped or retried.",
         data=(Data("Every decision with its reason", table(decisions, decision_columns)),)
@@ -129,8 +135,59 @@ def ladder_section(result: SearchResult) -> Section:
         "How the ladder spent the budget",
         "A rung is a share of the training images and a number of epochs. Many configurations "
         "start on the lowest; few are promoted to the next.",
-        (bars, savings, log),
+        (bars, savings, log, *_audit_exhibits(result)),
     )
+
+
+def _audit_exhibits(result: SearchResult) -> tuple[Exhibit, ...]:
+    """Whether early stops were right; nothing where none was audited."""
+    found = result.stop_audit
+    audits = [decision for decision in result.decisions if decision.kind == "audit"]
+    if found is None:
+        return ()
+    curves = {(c.trial_id, c.rung): c.points for trial in result.trials for c in trial.curves}
+    ends = {rung.rung: rung.epochs for rung in result.rungs}
+    rows = []
+    for decision in audits:
+        points = curves.get((decision.trial_id, decision.rung), ())
+        over = bool(points) and points[-1].epoch == ends[decision.rung]
+        final = points[-1].validation_accuracy if over else None
+        rows.append(
+            {
+                "trial_id": decision.trial_id,
+                "rung": decision.rung,
+                "needed": decision.needed,
+                "low": decision.predicted_final.low if decision.predicted_final else None,
+                "high": decision.predicted_final.high if decision.predicted_final else None,
+                "final": final,
+            }
+        )
+    frame = pd.DataFrame(rows, columns=["trial_id", "rung", "needed", "low", "high", "final"])
+    columns = (
+        text("trial_id", "trial"),
+        whole("rung", "rung"),
+        share("needed", "accuracy needed"),
+        share("low", "forecast from"),
+        share("high", "to"),
+        share("final", "reached"),
+    )
+    reading = (
+        f"{found.num_false} of {formats.plural(found.num_audits, 'audited stop')} reached what the "
+        f"rule said would be missed. The true share of wrong stops lies between "
+        f"{found.rate.low:.0%} and {found.rate.high:.0%} ({found.rate.level:.0%} interval); the "
+        f"rule promises {found.delta:.0%}."
+        if found.num_audits
+        else "No audited job has ended yet."
+    )
+    exhibit = Exhibit(
+        key="audits",
+        title="Were early stops right?",
+        reading=reading,
+        data=(Data("Every audit", table(frame, columns)),),
+        note="A few jobs run on although a rule would have stopped them. Where too many of them "
+        "turn out well, the rules ask for more certainty.",
+    )
+    return (exhibit,)
 
 
 def curves_section(result: SearchResult) -> Section:

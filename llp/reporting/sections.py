@@ -16,6 +16,7 @@ from llp.reporting.evidence_sections import (
     verification_section,
 )
 from llp.reporting.exhibits import Section
+from llp.reporting.front_section import front_sections
 from llp.reporting.probing_sections import (
     cost_exhibit,
     curves_section,
@@ -23,6 +24,9 @@ from llp.reporting.probing_sections import (
     ranks_section,
     trials_section,
 )
+from llp.reporting.proxy_exhibit import with_proxy
+from llp.reporting.race_exhibit import with_race
+from llp.reporting.rank_exhibit import with_ranks
 
 __all__ = ["cost_exhibit", "study_sections"]
 
@@ -32,10 +36,11 @@ def study_sections(result: SearchResult) -> Sequence[Section]:
     return (
         ladder_section(result),
         curves_section(result),
-        ranks_section(result),
+        with_proxy(with_ranks(ranks_section(result), result), result),
         space_section(result),
         flatness_section(result),
         scores_section(result),
-        verification_section(result),
+        with_race(verification_section(result), result),
+        *front_sections(result),
         trials_section(result),
     )

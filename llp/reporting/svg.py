@@ -20,6 +20,8 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import TextToPath
 from matplotlib.ticker import Formatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from llp.reporting import formats
@@ -114,7 +116,14 @@ def canvas(
 
 def label_width(labels: Iterable[str]) -> float:
     """Room in inches for the longest of `labels` at the usual size, with a gap."""
-    return 0.12 + 0.055 * max((len(label) for label in labels), default=0)
+    font = FontProperties(family=_STYLE["font.family"], size=_STYLE["ytick.labelsize"])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        widths = [
+            TextToPath().get_text_width_height_descent(label, font, ismath=False)[0]
+            for label in labels
+        ]
+    return 0.14 + max(widths, default=0.0) / 72
 
 
 def log_axis(axes: Axes, which: str, low: float, high: float) -> None:
@@ -150,9 +159,18 @@ def inline(figure: Figure, *, key: str, title: str, description: str = "") -> st
     Returns:
         Markup without namespaces, metadata, external references or fixed size.
     """
+    return embedded(rendered(figure), key=key, title=title, description=description)
+
+
+def rendered(figure: Figure) -> str:
+    """`figure` as a whole SVG file, the same for the same drawing."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    drawn = formats.UNPRINTABLE.sub("\ufffd", buffer.getvalue().decode("utf-8"))
+    return formats.UNPRINTABLE.sub("\ufffd", buffer.getvalue().decode("utf-8"))
+
+
+def embedded(drawn: str, *, key: str, title: str, description: str = "") -> str:
+    """What `inline` makes of a figure that was `rendered` already."""
     root = ElementTree.fromstring(drawn)
     used = set(_references(root))
     for parent in root.iter():

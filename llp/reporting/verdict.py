@@ -138,6 +138,11 @@ def _facts(
         facts.append(
             ("Test split", f"{images} images alone leave {low} to {high} open (95 % interval)")
         )
+    winner = chosen.trial.trial_id if chosen and test else ""
+    corrupted = [v.corrupted_test_accuracy for v in result.verifications if v.trial_id == winner]
+    if corrupted and all(map(math.isfinite, corrupted)):
+        mean = formats.percent(sum(corrupted) / len(corrupted))
+        facts.append(("Corrupted test images", f"{mean}, the mean over corruptions and severities"))
     report = result.score_report
     scores = report.scores if report else ()
     for score in scores:

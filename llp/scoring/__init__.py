@@ -8,7 +8,7 @@ from llp.scoring.calibration import Calibration, calibrate
 from llp.scoring.choose import choose_for_measurement, choose_for_verification, choose_winner
 from llp.scoring.report import score_report
 from llp.scoring.roles import Roles
-from llp.scoring.score import Scores, score
+from llp.scoring.score import Scores, score, verification_set
 from llp.scoring.table import study_table
 
 __all__ = [
@@ -23,4 +23,5 @@ __all__ = [
     "score",
     "score_report",
     "study_table",
+    "verification_set",
 ]

@@ -23,11 +23,12 @@ import numpy as np
 import pandas as pd
 
 from llp.records import AblationRow, Interval, Verification
-from llp.scoring.calibration import MIN_FINISHED, Gain, Model, fit, split, t1
+from llp.scoring.calibration import MIN_FINISHED, Model, fit, split
+from llp.scoring.evidence import Gain
 from llp.scoring.ranks import Array, normal_scores, regret, tau, tau_interval
 from llp.scoring.roles import TARGET, TEST, Roles
 from llp.scoring.score import score
-from llp.scoring.terms import GATE_MINIMUM, Study
+from llp.scoring.terms import GATE_MINIMUM, Study, t1
 
 MIN_VERIFIED = 3
 

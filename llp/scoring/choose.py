@@ -32,7 +32,7 @@ from scipy.stats import t as student
 
 from llp.errors import NoTrialSucceeded
 from llp.records import Rung, TrialResult, Verification
-from llp.scoring.score import Scores
+from llp.scoring.score import Scores, verification_set
 from llp.scoring.table import study_table
 
 CONFIDENCE = 0.95
@@ -63,9 +63,16 @@ def choose_for_measurement(
     return [row[-1] for row in rows[: max(0, top_k)]]
 
 
-def choose_for_verification(scores: Scores, top_k: int) -> list[str]:
-    """The `top_k` best-scored trial ids, best first; trials known to have diverged are left out."""
-    candidates = [str(name) for name in scores.ranking if name not in scores.diverged]
+def choose_for_verification(
+    scores: Scores, top_k: int, *, probability: float | None = None
+) -> list[str]:
+    """The `top_k` best-scored trial ids, best first; trials known to have diverged are left out.
+
+    With `probability`, the fewest that together hold the best trial with this probability, and
+    `top_k` is the most there may be.
+    """
+    chosen = scores.ranking if probability is None else verification_set(scores, probability)
+    candidates = [str(name) for name in chosen if name not in scores.diverged]
     return candidates[: max(0, top_k)]
 
 
@@ -75,6 +82,7 @@ def choose_winner(
     *,
     num_seeds: int | None = None,
     num_validation: int | None = None,
+    judged_by: str = "validation accuracy",
 ) -> tuple[str, str]:
     """The trial with the best mean validation accuracy over its full trainings, and why.
 
@@ -90,6 +98,7 @@ def choose_winner(
         num_seeds: Full trainings asked for per trial; default: the most that any trial has.
         num_validation: Validation images behind an accuracy. Without it the error is that of the
             seeds alone, and the reason says so.
+        judged_by: What `validation_accuracy` is, for the reason.
 
     Raises:
         NoTrialSucceeded: No verification has a finite validation accuracy.
@@ -119,7 +128,7 @@ def choose_winner(
     accuracy = 100 * _mean(runs[best], "validation_accuracy")
     seeds = len(runs[best])
     reason = (
-        f"{best} has the best validation accuracy after full training: {accuracy:.2f} % "
+        f"{best} has the best {judged_by} after full training: {accuracy:.2f} % "
         f"{f'on average over {seeds} seeds' if seeds > 1 else 'with one seed'}"
     )
     if rivals:

@@ -10,14 +10,28 @@ Source: G. Blom, Statistical Estimates and Transformed Beta-Variables, 1958; M. 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtri
 from scipy.stats import kendalltau, rankdata
+from threadpoolctl import threadpool_limits
 
 from llp.records import Interval
 
 Array = NDArray[np.float64]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """A context in which linear algebra uses one thread.
+
+    The matrices here are small: on two busy cores more threads took ten times the CPU time.
+    """
+    with threadpool_limits(limits=1):
+        yield
 
 
 def normal_scores(values: Array, band: NDArray[np.int64] | None = None) -> Array:

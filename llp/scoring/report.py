@@ -16,6 +16,8 @@ from llp.records import (
     Verification,
 )
 from llp.scoring.ablation import ablation
+from llp.scoring.calibration import split
+from llp.scoring.roles import Roles
 from llp.scoring.score import LEVEL, Scores, score
 from llp.scoring.table import study_table
 
@@ -55,13 +57,18 @@ def score_report(
     table = study_table(trials, profiles, verifications, num_validation=num_validation, rungs=rungs)
     scores = score(table, preset=preset, weights=weights, alpha=alpha, history=history, seed=seed)
     rows, verdict = ablation(table, verifications, alpha=alpha, seed=seed)
+    noisy = {n for study in split(table, Roles.from_table(table)) for n in study.noisy_metrics}
+    sentence = f"{scores.sentence} {verdict}"
+    if noisy and "too noisy" not in sentence:
+        sentence += f" Too noisy to be used: {', '.join(sorted(noisy))}."
     return ScoreReport(
         preset=scores.preset,
         scores=generalization_scores(scores),
         weights=dict(scores.weights),
-        sentence=f"{scores.sentence} {verdict}",
+        sentence=sentence,
         ablation=rows,
         ties=tuple(tuple(str(name) for name in group) for group in scores.ties),
+        dropped=tuple(sorted(noisy)),
     )
 
 

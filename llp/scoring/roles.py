@@ -11,13 +11,15 @@ raw signals. A column `NAME_se` holds the standard error of column `NAME`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, cast
 
+import numpy as np
 import pandas as pd
 
-from llp.errors import SpecError, unknown
+from llp.errors import Problem, SpecError, unknown
+from llp.scoring.numbers import numbers
 
 Direction = Literal["higher", "lower", "unknown"]
 Family = Literal["metric", "loss", "recent", "train_loss", "train_accuracy"]
@@ -91,6 +93,22 @@ class Roles:
         ranked = [name for name in self.tier1 if family(name) == "metric"]
         return ranked[0] if ranked else next(iter(self.tier1))
 
+    @property
+    def columns(self) -> list[str]:
+        """All columns with a role; one that was given two occurs twice."""
+        return [column for _, column in self._named()]
+
+    def _named(self) -> list[tuple[str, str]]:
+        """(role, column) of every column."""
+        singles = ("study", "target", "level", "num_validation")
+        single = [(role, getattr(self, role)) for role in singles]
+        return [
+            *(("hyperparameters", name) for name in self.hyperparameters),
+            *(("tier1", name) for name in self.tier1),
+            *(("tier2", name) for name in self.tier2),
+            *((role, name) for role, name in single if name is not None),
+        ]
+
     def of_family(self, wanted: Family) -> list[str]:
         """Tier-1 columns of one family, in order."""
         return [name for name in self.tier1 if family(name) == wanted]
@@ -112,27 +130,98 @@ class Roles:
         """Roles from plain data such as a YAML file.
 
         Raises:
-            SpecError: Unknown key or direction; the message names the nearest.
+            SpecError: Unknown key or direction, the message names the nearest; or a column with
+                two roles.
         """
         names = [f.name for f in fields(cls)]
-        for key in data:
-            if key not in names:
-                raise SpecError(unknown("role", key, names))
-        tiers: dict[str, dict[str, Direction]] = {}
-        for tier in ("tier1", "tier2"):
-            tiers[tier] = dict(data.get(tier) or {})
+        found = [
+            Problem(unknown("role", str(key), names), str(key)) for key in data if key not in names
+        ]
+        listed = data.get("hyperparameters") or ()
+        if isinstance(listed, str | Mapping) or not all(isinstance(name, str) for name in listed):
+            found.append(Problem("is a list of columns: [a, b]", "hyperparameters"))
+            listed = ()
+        tiers: dict[str, dict[str, Direction]] = {"tier1": {}, "tier2": {}}
+        for tier, columns in tiers.items():
             allowed = ["higher", "lower"] + (["unknown"] if tier == "tier2" else [])
-            for column, direction in tiers[tier].items():
+            given = data.get(tier) or {}
+            if not isinstance(given, Mapping):
+                text = f"is a mapping of columns to {' or '.join(allowed)}: {{column: higher}}"
+                found.append(Problem(text, tier))
+                continue
+            for column, direction in given.items():
                 if direction not in allowed:
-                    raise SpecError(f"{tier}.{column}: " + unknown("direction", direction, allowed))
-        return cls(
-            hyperparameters=tuple(data.get("hyperparameters") or ()),
-            tier1=tiers["tier1"],
-            tier2=tiers["tier2"],
-            study=data.get("study"),
-            target=data.get("target"),
-            level=data.get("level"),
-            num_validation=data.get("num_validation"),
+                    text = unknown("direction", str(direction), allowed)
+                    found.append(Problem(text, f"{tier}.{column}"))
+                else:
+                    columns[str(column)] = direction
+        singles: dict[str, str | None] = {}
+        for name in ("study", "target", "level", "num_validation"):
+            value = data.get(name)
+            if value is not None and not isinstance(value, str):
+                found.append(Problem(f"is the name of one column, not {value!r}", name))
+            singles[name] = value if isinstance(value, str) else None
+        roles = cls(tuple(listed), tiers["tier1"], tiers["tier2"], **singles)
+        found += roles.conflicts()
+        if found:
+            raise SpecError(found)
+        return roles
+
+    @classmethod
+    def of(cls, given: Roles | Mapping[str, Any] | None, table: pd.DataFrame) -> Roles:
+        """The roles that a caller gave, as they are or as plain data; else those of `table`.
+
+        Raises:
+            SpecError: See `from_mapping`.
+        """
+        if given is None:
+            return cls.from_table(table)
+        return given if isinstance(given, cls) else cls.from_mapping(cast("Any", given))
+
+    def conflicts(self) -> list[Problem]:
+        """One problem for each column with two roles, or with one role twice."""
+        first: dict[str, str] = {}
+        found = []
+        for role, column in self._named():
+            if column not in first:
+                first[column] = role
+                continue
+            other = first[column]
+            text = (
+                f"the column {column!r} is listed twice"
+                if other == role
+                else f"the column {column!r} has two roles, {other} and {role}; give it one"
+            )
+            found.append(Problem(text, f"{role}.{column}" if role in ("tier1", "tier2") else role))
+        return found
+
+    def of_history(self, table: pd.DataFrame) -> Roles:
+        """The roles of an earlier table: its own, or the part of these that it has columns for."""
+        return type(self).from_table(table) if "roles" in table.attrs else self.present_in(table)
+
+    def present_in(
+        self, table: pd.DataFrame, others: Sequence[pd.DataFrame] | None = None
+    ) -> Roles:
+        """The roles of the columns that `table` has; its target and primary signal are kept.
+
+        With `others`, a role whose column none of these has is kept too, to be found missing.
+        """
+        columns = {str(name) for name in table.columns}
+        if others is not None:
+            elsewhere = {str(name) for other in others for name in other.columns}
+            columns |= set(self.columns) - elsewhere
+
+        def known(name: str | None) -> str | None:
+            return name if name in columns else None
+
+        return replace(
+            self,
+            hyperparameters=tuple(name for name in self.hyperparameters if name in columns),
+            tier1={n: way for n, way in self.tier1.items() if n in columns or n == self.primary},
+            tier2={n: way for n, way in self.tier2.items() if n in columns},
+            study=known(self.study),
+            level=known(self.level),
+            num_validation=known(self.num_validation),
         )
 
     @classmethod
@@ -166,13 +255,27 @@ class Roles:
         )
 
     def check(self, table: pd.DataFrame) -> None:
-        """Raises SpecError when a named column is not in `table`; the message names the nearest."""
-        singles = [self.study, self.target, self.level, self.num_validation]
-        named = [*self.hyperparameters, *self.tier1, *self.tier2]
+        """Holds the roles against the columns of `table`.
+
+        Raises:
+            SpecError: A named column is missing (the message names the nearest) or has two roles;
+                or a signal, metric or target has values, none of which is a number.
+        """
         columns = [str(name) for name in table.columns]
-        for name in [*named, *(single for single in singles if single is not None)]:
+        for role, name in self._named():
             if name not in columns:
                 raise SpecError(unknown("column", name, columns))
+            if columns.count(name) > 1:
+                raise SpecError(f"the column {name!r} occurs {columns.count(name)} times")
+            if role in ("tier1", "tier2", "target"):
+                values = table.iloc[:, columns.index(name)]
+                text = values[values.notna()]
+                if len(text) and np.isnan(numbers(text)).all():
+                    raise SpecError(
+                        f"the column {name!r} ({role}) has no number, but {text.iloc[0]!r}"
+                    )
+        if found := self.conflicts():
+            raise SpecError(found)
         _ = self.primary
 
 

@@ -6,7 +6,12 @@ Presets:
     llp          G = validation accuracy - alpha * sharpness          (for comparison)
     weights      G = sum_k w_k z_k, z normal scores of ranks of the named columns
     calibrated   G = c T1 + h + gate * sum_k b_k r_k, weights earned on finished trials (files
-                 `terms`, `calibration`); under 12 finished trials it is `validation` and says so
+                 `terms`, `calibration`); under 12 finished trials, or where these say that it
+                 ranks worse, it is `validation` and says so;
+                 a finished trial is drawn towards its own result (contribution `result`), and
+                 half a standard deviation of what is not known of the weights is subtracted where
+                 hyperparameters count (contribution `uncertainty`): the best of many guesses is
+                 likely to be a guess that is too good
 
 Trials that got further come first: where the numbers alone would put a trial of a lower level (or
 a diverged one) above one of a higher level, a contribution `level` is subtracted, a power of ten
@@ -20,21 +25,51 @@ where necessary to hold the score itself. Rank-based terms are ranked anew in ea
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy.stats import rankdata
 
 from llp.errors import SpecError, unknown
-from llp.scoring.calibration import MIN_FINISHED, Calibration, Model, fit, split
-from llp.scoring.ranks import Array, normal_scores
+from llp.scoring.calibration import (
+    MIN_SLOPE,
+    Calibration,
+    Model,
+    fit,
+    split,
+    surprises,
+    tier2,
+)
+from llp.scoring.mixture import Posterior
+from llp.scoring.ranks import Array, normal_scores, one_thread
 from llp.scoring.roles import Roles
-from llp.scoring.terms import Drawn, Observed, Study
+from llp.scoring.terms import Drawn, Observed, Study, t1
+from llp.scoring.twins import twins_sentence, without_twins
 
 PRESETS = ("calibrated", "validation", "llp", "weights")
 LEVEL = 0.9
+CAUTION = 0.5
+"""Standard deviations that are subtracted; 0 costs .002 to .004 in tau and 5 to 10 % in regret."""
 SHARPNESS = ("noise_sharpness", "sam_sharpness")
+RESERVED = frozenset(
+    [
+        "score",
+        "lower",
+        "upper",
+        "probability_best",
+        "result",
+        "hyperparameters",
+        "level",
+        "uncertainty",
+        "event",
+        "trial",
+    ]
+)
+"""Names of the output; the contribution of a column called so gets its tier in front."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +78,8 @@ class Scores:
 
     Attributes:
         table: The input's index, best first (study by study); columns `score`, `lower`, `upper`,
-            `probability_best`, then one per contribution. Contributions sum to `score`.
+            `probability_best`, then one per contribution. Contributions sum to `score`. The
+            contribution of a column that is itself called `score` is `tier1.score`.
         weights: Term -> weight in force.
         sentence: What the score rests on, and what it does not.
         preset: In force after any fallback.
@@ -52,6 +88,8 @@ class Scores:
         contributions: Names of the contribution columns.
         calibration: Evidence of preset `calibrated`; None for others.
         diverged: Labels of trials without a usable validation result; they rank last.
+        ranks: The index of `table`; columns `rank` (1 is best), `lower`, `upper`: 90 % interval of
+            the trial's rank within its study, over the draws.
     """
 
     table: pd.DataFrame
@@ -62,6 +100,7 @@ class Scores:
     contributions: tuple[str, ...] = ()
     calibration: Calibration | None = None
     diverged: frozenset[Hashable] = frozenset()
+    ranks: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     @property
     def ranking(self) -> tuple[Hashable, ...]:
@@ -82,16 +121,17 @@ class _Formula:
 
     def terms(self, study: Study, inputs: Observed) -> dict[str, Array]:
         """Contribution -> values, shape [n] or [num_draws, n]."""
+        label = contribution_names(study.roles)
         if self.preset == "weights":
-            return {name: w * self._z(study, inputs, name) for name, w in self.weights.items()}
+            return {label[n]: w * self._z(study, inputs, n) for n, w in self.weights.items()}
         if self.preset == "calibrated":
-            return self._calibrated(study, inputs)
+            return self._calibrated(study, inputs, label)
         primary = study.roles.primary
-        out = {primary: _no_worse(inputs.signal(primary), study.primary)}
+        out = {label[primary]: _no_worse(inputs.signal(primary), study.primary)}
         if self.preset == "llp" and self.sharpness is not None:
             # Inputs are oriented: a metric declared `lower` arrives with its sign turned already.
             sign = 1.0 if study.roles.tier2[self.sharpness] == "lower" else -1.0
-            out[self.sharpness] = sign * self.alpha * _neutral(inputs.metric(self.sharpness))
+            out[label[self.sharpness]] = sign * self.alpha * _neutral(inputs.metric(self.sharpness))
         return out
 
     def _z(self, study: Study, inputs: Observed, name: str) -> Array:
@@ -103,30 +143,62 @@ class _Formula:
         out[..., measured] = normal_scores(values[..., measured])
         return out
 
-    def _calibrated(self, study: Study, inputs: Observed) -> dict[str, Array]:
+    def _calibrated(
+        self, study: Study, inputs: Observed, label: Mapping[str, str]
+    ) -> dict[str, Array]:
         assert self.model is not None
         model = self.model
-        drawn = inputs.coefficients(model.mean, model.covariance)
-        slope = np.maximum(drawn[:, :1], 0.05)
-        p = len(model.regressors)
+        drawn = inputs.coefficients(self.posteriors)
+        slope = np.maximum(drawn[:, :1], MIN_SLOPE)
         out = {
-            name: slope * weight * study.t1(name, inputs.signal(name))
+            label[name]: slope * weight * study.t1(name, inputs.signal(name))
             for name, weight in study.t1_weights.items()
         }
+        phi = model.surface[self.number]
         if model.calibration.hyperparameters_enter:
-            out["hyperparameters"] = drawn[:, 1 : 1 + p] @ model.basis[self.number].T
-        if model.calibration.tier2_enters:
-            for k, name in enumerate(model.metrics):
-                if name in study.roles.tier2:
-                    r = study.t2(name, inputs.metric(name))
-                    out[name] = drawn[:, 1 + p + k : 2 + p + k] * r
+            near = drawn[:, 1:2] * model.smoothed[self.number]
+            out["hyperparameters"] = near + drawn[:, 2 : 2 + phi.shape[1]] @ phi.T
+        start = 2 + phi.shape[1]
+        for k, name in enumerate(model.metrics):
+            if name in study.roles.tier2:
+                r = study.t2(name, inputs.metric(name))
+                out[label[name]] = drawn[:, start + k : start + k + 1] * r
         return {name: np.squeeze(v, 0) if v.shape[0] == 1 else v for name, v in out.items()}
+
+    def uncertainty(self, study: Study) -> Array | None:
+        """Standard deviation [n] from what is not known of the weights; None without h."""
+        if self.model is None or not self.posteriors:
+            return None
+        if not self.model.calibration.hyperparameters_enter:
+            return None
+        columns = [t1(study), self.model.smoothed[self.number]]
+        x = np.concatenate(
+            [
+                np.stack(columns, axis=1),
+                self.model.surface[self.number],
+                tier2(study, self.model.metrics),
+            ],
+            axis=1,
+        )
+        share = np.array([posterior.weight for posterior in self.posteriors])
+        share /= share.sum()
+        values = np.stack([x @ posterior.mean for posterior in self.posteriors])
+        variance = share @ (values - share @ values) ** 2
+        for part, posterior in zip(share, self.posteriors, strict=True):
+            variance = variance + part * np.einsum("ij,ij->i", x @ posterior.covariance, x)
+        return np.asarray(np.sqrt(np.maximum(variance, 0.0)))
+
+    @cached_property
+    def posteriors(self) -> list[Posterior]:
+        """Coefficients of this study; empty for presets without any."""
+        fitted = self.preset == "calibrated" and self.model is not None
+        return self.model.posteriors(self.number) if fitted and self.model is not None else []
 
 
 def score(
     table: pd.DataFrame,
     *,
-    roles: Roles | None = None,
+    roles: Roles | Mapping[str, Any] | None = None,
     preset: str = "calibrated",
     weights: Mapping[str, float] | None = None,
     alpha: float = 0.1,
@@ -137,34 +209,46 @@ def score(
 
     Args:
         table: One row per trial; see `table.study_table`, or any table with its `roles`.
-        roles: What the columns mean; default: `Roles.from_table(table)`.
+        roles: What the columns mean, or plain data as `Roles.from_mapping` reads it; default:
+            `Roles.from_table(table)`.
         preset: `calibrated`, `validation`, `llp` or `weights`.
         weights: Column -> weight, for preset `weights`. Tier-1 and tier-2 columns; a tier-2
             column of unknown direction counts as higher is better, so its weight carries the sign.
         alpha: Of preset `llp`, >= 0.
-        history: Tables of earlier studies with their targets; used by `calibrated`.
+        history: Tables of earlier studies with their targets; used by `calibrated`. Columns that
+            they lack are not used; with a history, `table` may lack the target. Rows that are in
+            `table` or an earlier table already count once.
         seed: Of the draws and folds.
 
     Raises:
-        SpecError: Unknown preset, column or role; the message names the nearest valid one.
+        SpecError: Unknown preset, column or role, the message names the nearest valid one; see
+            `Roles.check` for the rest.
     """
     if preset not in PRESETS:
         raise SpecError(unknown("score preset", preset, PRESETS))
-    roles = roles or Roles.from_table(table)
+    roles = Roles.of(roles, table)
+    if history is not None and roles.target is not None and roles.target not in table:
+        table = table.assign(**{roles.target: np.nan})
     if len(table) == 0:
+        roles.check(table)
         frame = pd.DataFrame(columns=["score", "lower", "upper", "probability_best"])
-        return Scores(frame, {}, "There are no trials to score.", preset)
+        ranks = pd.DataFrame(columns=["rank", "lower", "upper"])
+        return Scores(frame, {}, "There are no trials to score.", preset, ranks=ranks)
     studies = split(table, roles)
-    formula, sentence = _formula(
-        studies, roles, preset, weights, alpha, _past(history, roles), seed
-    )
+    past, twins = _past(history, table, roles)
+    formula, sentence = _formula(studies, roles, preset, weights, alpha, past, seed)
+    sentence += twins_sentence(twins)
+    if formula.model is not None and formula.model.alone:
+        studies = [replace(study, alone=True) for study in studies]
 
-    frames, ties, assumed = [], [], set()
+    frames, intervals, ties, assumed = [], [], [], set()
     for number, study in enumerate(studies):
         rng = np.random.default_rng([seed, number])
         own = replace(formula, number=number)
-        frame, groups, guessed = _score_study(study, own, rng)
+        with one_thread():
+            frame, ranks, groups, guessed = _score_study(study, own, rng)
         frames.append(frame)
+        intervals.append(ranks)
         ties += groups
         assumed |= guessed
     frame = pd.concat(frames)
@@ -174,6 +258,18 @@ def score(
         sentence += (
             f" No error is known for {', '.join(sorted(assumed))}: "
             "a tenth of its spread between trials is assumed."
+        )
+    if placed := sum(int((study.gaps > 0).sum()) for study in studies):
+        one = placed == 1
+        sentence += (
+            f" {placed} trial{'s' * (not one)} without {roles.primary} {'is' if one else 'are'} "
+            f"placed by {'its' if one else 'their'} other signals, with a wider interval."
+        )
+    if gaps := sum(_gaps(study) for study in studies):
+        one = gaps == 1
+        sentence += (
+            f" {gaps} trial{'s' * (not one)} without {roles.primary} but with other signals "
+            f"{'counts' if one else 'count'} as diverged and rank{'s' * one} last."
         )
     if all(np.isnan(study.primary).all() for study in studies):
         sentence += " No trial has a usable validation result, so their order means nothing."
@@ -192,16 +288,72 @@ def score(
             for label, value in zip(study.table.index, study.primary, strict=True)
             if np.isnan(value)
         ),
+        ranks=pd.concat(intervals),
     )
 
 
-def _past(history: pd.DataFrame | Sequence[pd.DataFrame] | None, roles: Roles) -> list[Study]:
+def verification_set(scores: Scores, probability: float = 0.8) -> tuple[Hashable, ...]:
+    """The fewest trials that together hold the best with at least this probability, best first.
+
+    With several studies it is the set of the first one. Trials with the highest P(best) are taken
+    until their sum, the probability that one of them is the best, is reached.
+
+    Args:
+        scores: Of the trials.
+        probability: In (0, 1].
+    """
+    chances = scores.table["probability_best"].to_numpy(dtype=np.float64)
+    order = np.argsort(-chances, kind="stable")
+    if len(order) == 0 or chances.max() <= 0:
+        return ()
+    # P(best) sums to one in every study, and the first study comes first.
+    first = int(np.searchsorted(np.cumsum(chances), 1 - 1e-9)) + 1
+    order = order[order < first]
+    taken = int(np.searchsorted(np.cumsum(chances[order]), probability - 1e-9)) + 1
+    chosen = np.sort(order[:taken])
+    return tuple(scores.table.index[i] for i in chosen)
+
+
+def _gaps(study: Study) -> int:
+    """Trials without a primary signal (not infinite) that the others do not place either."""
+    others = [study.signal(name) for name in study.roles.tier1 if name != study.roles.primary]
+    known = np.isfinite(others).any(axis=0) if others else np.zeros(len(study), dtype=bool)
+    missing = np.isnan(study.numeric(study.roles.primary)) & np.isnan(study.primary)
+    return int((missing & known).sum())
+
+
+def contribution_names(roles: Roles) -> dict[str, str]:
+    """Tier-1 or tier-2 column -> name of its contribution, its own unless the output has it.
+
+    >>> contribution_names(Roles(tier1={"score": "higher", "loss": "lower"}))
+    {'score': 'tier1.score', 'loss': 'loss'}
+    """
+    taken = {*roles.tier1, *roles.tier2, *RESERVED}
+    names: dict[str, str] = {}
+    for tier, columns in (("tier1", roles.tier1), ("tier2", roles.tier2)):
+        for column in columns:
+            name = column
+            while column in RESERVED and name in taken:
+                name = f"{tier}.{name}"
+            names[column] = name
+    return names
+
+
+def _past(
+    history: pd.DataFrame | Sequence[pd.DataFrame] | None, scored: pd.DataFrame, roles: Roles
+) -> tuple[list[Study], int]:
+    """The studies of the history, and how many of its rows are left out as twins."""
     tables = [history] if isinstance(history, pd.DataFrame) else list(history or [])
-    studies = []
+    studies: list[Study] = []
+    seen, twins = [(scored, roles)], 0
     for table in tables:
-        own = Roles.from_table(table) if "roles" in table.attrs else roles
-        studies += split(table, own)
-    return studies
+        own = roles.of_history(table)
+        own.check(table)
+        fresh = without_twins(table, own, seen)
+        twins += len(table) - len(fresh)
+        seen.append((fresh, own))
+        studies += split(fresh, own)
+    return studies, twins
 
 
 def _formula(
@@ -238,9 +390,10 @@ def _formula(
         if missing:
             sentence += f" {missing} trials without {column} get the median of the others."
         return _Formula(preset, {**plain, column: -alpha}, alpha, column), sentence
-    model = fit([*studies, *past], seed=seed)
+    with one_thread():
+        model = fit([*studies, *past], seed=seed)
     calibration = model.calibration
-    if calibration.num_finished < MIN_FINISHED:
+    if calibration.in_force == "validation":
         sentence = f"{calibration.sentence} The score is {primary} alone."
         return _Formula("validation", plain, model=model), sentence
     return _Formula("calibrated", dict(calibration.weights), model=model), calibration.sentence
@@ -256,7 +409,7 @@ def _sharpness_column(studies: Sequence[Study], roles: Roles) -> str | None:
 
 def _score_study(
     study: Study, formula: _Formula, rng: np.random.Generator
-) -> tuple[pd.DataFrame, list[tuple[Hashable, ...]], set[str]]:
+) -> tuple[pd.DataFrame, pd.DataFrame, list[tuple[Hashable, ...]], set[str]]:
     num = len(study)
     num_draws = int(np.clip(1_000_000 // num, 200, 4000))
     terms = formula.terms(study, Observed(study))
@@ -264,6 +417,15 @@ def _score_study(
     draws = np.zeros((num_draws, num))
     for values in formula.terms(study, drawn).values():
         draws = draws + values
+    if formula.posteriors:
+        y, share = surprises(study, formula.posteriors)
+        if share.any():
+            terms["result"] = share * (y - np.sum(list(terms.values()), axis=0))
+            draws = draws + share * (y - draws)
+        draws = draws + np.sqrt(1 - share) * drawn.residual(formula.posteriors)
+        deviation = formula.uncertainty(study)
+        if deviation is not None:
+            terms["uncertainty"] = -CAUTION * (1 - share) * deviation
 
     raw = np.sum(list(terms.values()), axis=0)
     shift = level_shift(raw, study.band)
@@ -290,7 +452,13 @@ def _score_study(
     tie_break = np.where(np.isnan(study.signal(second[0])), -np.inf, study.signal(second[0]))
     order = np.lexsort((-tie_break, -total, study.band))
     groups = _ties(ranked, order, list(study.table.index))
-    return frame.iloc[order], groups, drawn.assumed
+    places = rankdata(-ranked, axis=1)
+    best_place, worst_place = np.quantile(places, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+    ranks = pd.DataFrame(
+        {"lower": best_place, "upper": worst_place}, index=study.table.index, dtype=np.float64
+    ).iloc[order]
+    ranks.insert(0, "rank", np.arange(1, num + 1))
+    return frame.iloc[order], ranks, groups, drawn.assumed
 
 
 def _ties(

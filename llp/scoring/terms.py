@@ -18,40 +18,94 @@ validation set. What one training run cannot show, the spread over seeds, is not
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy.special import ndtr
 
-from llp.scoring.ranks import Array, normal_scores
+from llp.scoring.mixture import Posterior
+from llp.scoring.numbers import numbers
+from llp.scoring.ranks import Array, normal_scores, tau
 from llp.scoring.roles import Family, Roles
 
 T1_WEIGHTS: dict[Family, float] = {"metric": 0.4, "loss": 0.4, "recent": 0.2}
 GATE_SHARE = 0.8
 GATE_MINIMUM = 12
+MIN_KNOWN, MIN_AGREEMENT = 8, 0.3
+"""Trials with both signals, and least tau between them, for one to stand in for the other."""
 ASSUMED_NOISE = 0.1
 """Standard error where none is known, in units of the column's spread between trials."""
 
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """One study's table as arrays, every column oriented so that higher is better."""
+    """One study's table as arrays, every column oriented so that higher is better.
+
+    Attributes:
+        table: One row per trial.
+        roles: Of its columns.
+        alone: Whether T1 is the primary signal alone.
+    """
 
     table: pd.DataFrame
     roles: Roles
+    alone: bool = False
 
     def __len__(self) -> int:
         return len(self.table)
 
     def numeric(self, column: str) -> Array:
         """A column as floats; what is not a number is NaN."""
-        values = pd.to_numeric(self.table[column], errors="coerce")
-        return np.asarray(values.to_numpy(dtype=np.float64, na_value=np.nan))
+        return numbers(self.table[column])
 
     def signal(self, column: str) -> Array:
-        """A tier-1 signal, higher is better; NaN where diverged."""
+        """A tier-1 signal, higher is better; NaN where diverged.
+
+        A primary signal that alone is missing is what the others say, see `gaps`.
+        """
+        return self._placed[0] if column == self.roles.primary else self._raw(column)
+
+    @property
+    def gaps(self) -> Array:
+        """Standard error of a primary signal that others stand in for, [n]; 0 elsewhere.
+
+        Its normal score is r times that of the mean of the other signals, r their correlation on
+        the trials that have both, and its value that quantile of the known ones.
+        """
+        return self._placed[1]
+
+    @cached_property
+    def _placed(self) -> tuple[Array, Array]:
+        primary, error = self._raw(self.roles.primary), np.zeros(len(self))
+        missing = np.isnan(self.numeric(self.roles.primary))
+        known = np.isfinite(primary)
+        total, count = np.zeros(len(self)), np.zeros(len(self))
+        for name in self.roles.tier1 if missing.any() and known.sum() >= MIN_KNOWN else ():
+            values = self._raw(name)
+            there = np.isfinite(values)
+            both = there & known
+            if name == self.roles.primary or both.sum() < MIN_KNOWN:
+                continue
+            if np.ptp(values[both]) > 0 and tau(values[both], primary[both]) > MIN_AGREEMENT:
+                total[there] += normal_scores(values[there])
+                count[there] += 1
+        mean = total / np.maximum(count, 1)
+        both = known & (count > 0)
+        placed = missing & (count > 0)
+        if placed.any() and np.ptp(primary[both]) > 0 and np.ptp(mean[both]) > 0:
+            z = normal_scores(primary[both])
+            r = float(np.clip(np.corrcoef(z, mean[both])[0, 1], 0.0, 1.0))
+            shares = ndtr(r * mean[placed] / max(float(mean[both].std()), 1e-9))
+            primary = primary.copy()
+            primary[placed] = np.quantile(primary[both], shares)
+            error[placed] = np.sqrt(1 - r**2) * spread(primary[both])
+        return primary, error
+
+    def _raw(self, column: str) -> Array:
         sign = -1.0 if self.roles.tier1[column] == "lower" else 1.0
         values = sign * self.numeric(column)
         return np.where(np.isfinite(values), values, np.nan)
@@ -89,7 +143,7 @@ class Study:
         """Weight of each tier-1 column in T1; families share theirs, the sum is 1."""
         columns = {name: self.roles.of_family(name) for name in T1_WEIGHTS}
         total = sum(T1_WEIGHTS[name] for name in columns if columns[name])
-        if total == 0:
+        if total == 0 or self.alone:
             return {self.roles.primary: 1.0}
         return {
             column: T1_WEIGHTS[name] / total / len(members)
@@ -178,9 +232,15 @@ class Observed:
         """Values of a tier-2 metric, shape [n]."""
         return self.study.metric(column)
 
-    def coefficients(self, mean: Array, covariance: Array) -> Array:
-        """Fitted weights, shape [1, p]."""
-        return mean[None, :]
+    def coefficients(self, posteriors: Sequence[Posterior]) -> Array:
+        """Fitted weights, the mean over a mixture of posteriors, shape [1, p]."""
+        share = np.array([posterior.weight for posterior in posteriors])
+        means = np.stack([posterior.mean for posterior in posteriors])
+        return np.asarray((share / share.sum() @ means)[None, :])
+
+    def residual(self, posteriors: Sequence[Posterior]) -> Array:
+        """What a result may deviate from its score; nothing for the score itself."""
+        return np.zeros(len(self.study))
 
 
 class Drawn(Observed):
@@ -204,12 +264,13 @@ class Drawn(Observed):
                 p = np.where(np.isnan(value), 0.5, value)
                 a, b = count * p + 0.5, count * (1 - p) + 0.5
                 errors = np.sqrt(a * b / (a + b + 1)) / (a + b)
-                return errors, (self.rng.beta(a, b, size=shape) - p) / errors
+                noise = (self.rng.beta(a, b, size=shape) - p) / errors
+                return np.hypot(errors, study.gaps), noise
         errors_known = study.standard_error(name)
         if errors_known is None:
             self.assumed.add(name)
             errors_known = np.full(len(study), ASSUMED_NOISE * spread(value))
-        return errors_known, self.rng.standard_normal(shape)
+        return np.hypot(errors_known, study.gaps), self.rng.standard_normal(shape)
 
     def signal(self, column: str) -> Array:
         """Draws of a tier-1 signal, moving with the primary one."""
@@ -229,8 +290,36 @@ class Drawn(Observed):
             errors = np.full(len(self.study), ASSUMED_NOISE * spread(value))
         return np.asarray(value + errors * self.rng.standard_normal((self.num_draws, len(value))))
 
-    def coefficients(self, mean: Array, covariance: Array) -> Array:
-        """Draws of fitted weights, shape [num_draws, p]."""
-        return self.rng.multivariate_normal(
-            mean, covariance, size=self.num_draws, check_valid="ignore"
+    def _members(self, posteriors: Sequence[Posterior]) -> list[int]:
+        share = np.array([posterior.weight for posterior in posteriors])
+        counts = np.floor(share / share.sum() * self.num_draws).astype(int)
+        counts[0] += self.num_draws - counts.sum()
+        return [int(count) for count in counts]
+
+    def coefficients(self, posteriors: Sequence[Posterior]) -> Array:
+        """Draws of fitted weights, shape [num_draws, p]; point after point of the mixture."""
+        draws = []
+        for posterior, count in zip(posteriors, self._members(posteriors), strict=True):
+            values, vectors = np.linalg.eigh(posterior.covariance)
+            root = vectors * np.sqrt(np.clip(values, 0, None))
+            noise = self.rng.standard_normal((count, len(values)))
+            draws.append(posterior.mean + noise @ root.T)
+        return np.concatenate(draws)
+
+    def residual(self, posteriors: Sequence[Posterior]) -> Array:
+        """Draws of what a full training may deviate from its score, shape [num_draws, n]."""
+        scale = np.repeat(
+            [np.sqrt(posterior.noise) for posterior in posteriors], self._members(posteriors)
         )
+        return np.asarray(
+            scale[:, None] * self.rng.standard_normal((self.num_draws, len(self.study)))
+        )
+
+
+def t1(study: Study) -> Array:
+    """T1 of every trial of a study."""
+    inputs = Observed(study)
+    total = np.zeros(len(study))
+    for column, weight in study.t1_weights.items():
+        total += weight * study.t1(column, inputs.signal(column))
+    return total

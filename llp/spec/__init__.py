@@ -8,7 +8,14 @@ from __future__ import annotations
 from llp.errors import Problem, SpecError
 from llp.spec.checks import check, check_ladder
 from llp.spec.constraints import satisfied
-from llp.spec.digest import digest, json_schema, to_yaml
+from llp.spec.digest import (
+    checked_name,
+    completed_digest,
+    digest,
+    json_schema,
+    study_name,
+    to_yaml,
+)
 from llp.spec.domains import GridSearch, RandomSearch, ordered
 from llp.spec.loading import load_spec
 from llp.spec.schema import Spec
@@ -23,6 +30,8 @@ __all__ = [
     "SpecError",
     "check",
     "check_ladder",
+    "checked_name",
+    "completed_digest",
     "digest",
     "init_template",
     "json_schema",
@@ -30,5 +39,6 @@ __all__ = [
     "ordered",
     "render",
     "satisfied",
+    "study_name",
     "to_yaml",
 ]

@@ -14,7 +14,7 @@ from typing import Any
 
 from llp import registry
 from llp.errors import Problem, SpecError, unknown
-from llp.spec import options, space
+from llp.spec import options, secrets, space
 from llp.spec.schema import Locator, Spec
 from llp.spec.source import Source, as_parts
 
@@ -30,6 +30,7 @@ _SEPARATE = {
     "resources",
     "tracking",
     "output",
+    "objectives",
 }
 """Sections that can be damaged without making the search space unjudgeable."""
 
@@ -57,11 +58,27 @@ def problems(spec: Spec, places: Locator, *, damaged: Iterable[str] = ()) -> lis
         damaged: Top-level keys with problems of shape, whose other checks would mislead.
     """
     damaged = set(damaged)
-    found = [*_names(spec)]
+    found = [*_names(spec), *secrets.findings(spec.model_dump(mode="json"))]
     if "tier1" not in damaged:
         found += _rungs(spec)
     if "resources" not in damaged:
         found += _resources(spec)
+    if spec.searcher.name == "grid":
+        if spec.searcher.warm_start is not None:
+            found.append(("searcher.warm_start", "a grid tries all its points whatever was before"))
+        for name, domain in spec.search_space.items():
+            if domain.prior is not None:
+                found.append((f"search_space.{name}.prior", "a grid has no use for a prior"))
+    warm = spec.searcher.warm_start
+    asks = warm is not None and "searcher" not in damaged
+    if warm is not None and asks and not warm.studies and warm.meta is None:
+        text = "needs `studies`, a list of earlier ones, or `meta: {collection: FOLDER}`"
+        found.append(("searcher.warm_start", text))
+    if spec.searcher.proxy is not None:
+        found += _named("proxies", spec.searcher.proxy.name, "searcher.proxy.name")
+        if spec.searcher.name != "random":
+            text = f"a proxy filters random draws; with searcher '{spec.searcher.name}' drop it"
+            found.append(("searcher.proxy", text))
     if damaged <= _SEPARATE:
         found += space.findings(spec)
         if not found and spec.searcher.name == "grid" and "tier1" not in damaged:
@@ -138,13 +155,29 @@ def _names(spec: Spec) -> Iterator[Finding]:
         training.optimizer_options,
         "training.optimizer_options",
     )
+    yield from _named("averagings", training.averaging, "training.averaging")
+    yield from options.faults(
+        "averagings",
+        [training.averaging, *space.averagings(spec)],
+        training.averaging_options,
+        "training.averaging_options",
+    )
     yield from _named("schedules", training.schedule, "training.schedule")
     for k, name in enumerate(training.augmentation):
         yield from _named("augmentations", name, f"training.augmentation.{k}")
+    for k, row in enumerate(training.callbacks):
+        yield from _row("callbacks", row, f"training.callbacks.{k}")
+        if row.get("name") in [other.get("name") for other in training.callbacks[:k]]:
+            yield f"training.callbacks.{k}", f"'{row.get('name')}' is listed twice"
     yield from _named("schedulers", tier1.scheduler, "tier1.scheduler")
+    yield from options.faults(
+        "schedulers", [tier1.scheduler], tier1.scheduler_options, "tier1.scheduler_options"
+    )
     yield from _named("searchers", spec.searcher.name, "searcher.name")
     for k, rule in enumerate(tier1.stop_rules):
-        yield from _stop_rule(rule, f"tier1.stop_rules.{k}")
+        yield from _row("stop_rules", rule, f"tier1.stop_rules.{k}")
+    for k, rule in enumerate(tier1.search_rules):
+        yield from _row("search_rules", rule, f"tier1.search_rules.{k}")
     refinements = [n for n, row in registry.METRICS.items() if ".refinements:" in row.target]
     for k, name in enumerate(tier2.metrics):
         if name in refinements:
@@ -165,16 +198,17 @@ def _named(table: str, name: str, path: str, *, without: Iterable[str] = ()) -> 
         yield path, fault
 
 
-def _stop_rule(rule: Mapping[str, Any], path: str) -> Iterator[Finding]:
+def _row(table: str, rule: Mapping[str, Any], path: str) -> Iterator[Finding]:
+    """What is wrong with a row that is given with its options, `{name: ..., ...}`."""
     if "name" not in rule:
-        yield path, "missing key 'name': a row of `llp list stop_rules`"
+        yield path, f"missing key 'name': a row of `llp list {table}`"
         return
     if not isinstance(rule["name"], str):
         yield f"{path}.name", f"must be text, not {rule['name']!r}"
         return
-    yield from _named("stop_rules", rule["name"], f"{path}.name")
+    yield from _named(table, rule["name"], f"{path}.name")
     given = {key: value for key, value in rule.items() if key != "name"}
-    yield from options.faults("stop_rules", [rule["name"]], given, path)
+    yield from options.faults(table, [rule["name"]], given, path)
 
 
 def _rungs(spec: Spec) -> Iterator[Finding]:
@@ -189,6 +223,12 @@ def _rungs(spec: Spec) -> Iterator[Finding]:
                 f"rung {k + 1} ({above[1]:g} of the images, {above[2]} epochs) costs no more than "
                 f"rung {k} ({below[1]:g}, {below[2]} epochs); each rung needs more",
             )
+    if (
+        spec.tier1.warmup_fraction is not None
+        and spec.training.schedule == "one_cycle"
+        and "schedule" not in spec.search_space
+    ):
+        yield "tier1.warmup_fraction", "nothing reads it: schedule one_cycle has a rise of its own"
 
 
 def _resources(spec: Spec) -> Iterator[Finding]:

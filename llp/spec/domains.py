@@ -30,9 +30,12 @@ from pydantic_core import PydanticCustomError
 from llp.errors import Problem, SpecError
 from llp.records import HyperparameterValue
 from llp.spec.constraints import same, satisfied
+from llp.spec.priors import PRIOR_SHARE, Confidence, draw_position, takes_mode
 
 MAX_TRIES = 100_000
 """Draws before `RandomSearch` gives up on the constraints."""
+MODE_TRIES = 100
+"""Draws that may violate the constraints before the first configuration leaves the modes."""
 MAX_GRID = 100_000
 """Largest grid that is enumerated."""
 
@@ -70,7 +73,17 @@ class Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+class Prior(Frozen):
+    """Where the best value is believed to be; see `spec.priors`."""
+
+    mode: Value = Field(description="the best value as far as anyone knows")
+    confidence: Confidence = Field(default="medium", description="how surely; how narrow")
+
+
 class _Domain(Frozen):
+    prior: Prior | None = Field(
+        default=None, description="where the best value is believed to be, and how surely"
+    )
     when: dict[str, Value | list[Value]] = Field(
         default_factory=dict,
         description="active only where each named parameter has this value (or one of these)",
@@ -97,6 +110,7 @@ class Uniform(_Domain):
         _check_bounds(self.low, self.high)
         if self.step is not None:
             _check_step(self.step, self.high - self.low)
+        _check_mode(self.prior, self.low, self.high)
         return self
 
     def sample(self, generator: np.random.Generator) -> float:
@@ -104,6 +118,16 @@ class Uniform(_Domain):
         if self.step is None:
             return float(generator.uniform(self.low, self.high))
         return self._multiple(int(generator.integers(0, self._num_steps() + 1)))
+
+    def near(self, prior: Prior, generator: np.random.Generator) -> float:
+        """One value from the prior."""
+        position = draw_position(
+            (float(prior.mode) - self.low) / (self.high - self.low), prior.confidence, generator
+        )
+        value = self.low + position * (self.high - self.low)
+        if self.step is None:
+            return min(max(value, self.low), self.high)
+        return self._multiple(min(round((value - self.low) / self.step), self._num_steps()))
 
     @property
     def num_values(self) -> int | None:
@@ -135,11 +159,19 @@ class LogUniform(_Domain):
                 f"loguniform needs low > 0, not {self.low:g}; use uniform or low: 1e-8", "low"
             )
         _check_bounds(self.low, self.high)
+        _check_mode(self.prior, self.low, self.high)
         return self
 
     def sample(self, generator: np.random.Generator) -> float:
         """One value."""
         drawn = math.exp(generator.uniform(math.log(self.low), math.log(self.high)))
+        return min(max(drawn, self.low), self.high)
+
+    def near(self, prior: Prior, generator: np.random.Generator) -> float:
+        """One value from the prior."""
+        low, width = math.log(self.low), math.log(self.high) - math.log(self.low)
+        position = (math.log(float(prior.mode)) - low) / width
+        drawn = math.exp(low + width * draw_position(position, prior.confidence, generator))
         return min(max(drawn, self.low), self.high)
 
     num_values: ClassVar[int | None] = None
@@ -168,7 +200,25 @@ class Integer(_Domain):
         if self.log and self.step != 1:
             raise wrong("give either log: true or a step, not both", "step")
         _check_step(self.step, self.high - self.low)
+        _check_mode(self.prior, self.low, self.high)
+        if self.prior is not None and self.prior.mode not in self.finite():
+            raise wrong(f"the mode {self.prior.mode} is not one of its steps", "prior", "mode")
         return self
+
+    def near(self, prior: Prior, generator: np.random.Generator) -> int:
+        """One value from the prior."""
+        mode = float(prior.mode)
+        if self.log:
+            low, high = math.log(self.low - 0.5), math.log(self.high + 0.5)
+            position = (math.log(mode) - low) / (high - low)
+            drawn = math.exp(
+                low + (high - low) * draw_position(position, prior.confidence, generator)
+            )
+            return min(max(round(drawn), self.low), self.high)
+        num = (self.high - self.low) // self.step + 1
+        position = ((mode - self.low) / self.step + 0.5) / num
+        steps = min(int(num * draw_position(position, prior.confidence, generator)), num - 1)
+        return self.low + self.step * steps
 
     def sample(self, generator: np.random.Generator) -> int:
         """One value."""
@@ -200,7 +250,13 @@ class Choice(_Domain):
         if len({(type(v), v) for v in self.values}) < len(self.values):
             twice = next(v for k, v in enumerate(self.values) if v in self.values[:k])
             raise wrong(f"{twice!r} is listed twice", "values")
+        if self.prior is not None and not any(same(self.prior.mode, v) for v in self.values):
+            raise wrong(f"the mode {self.prior.mode!r} is not one of the values", "prior", "mode")
         return self
+
+    def near(self, prior: Prior, generator: np.random.Generator) -> HyperparameterValue:
+        """One value from the prior."""
+        return prior.mode if takes_mode(prior.confidence, generator) else self.sample(generator)
 
     def sample(self, generator: np.random.Generator) -> HyperparameterValue:
         """One value."""
@@ -221,6 +277,16 @@ class Fixed(_Domain):
 
     type: Literal["fixed"] = "fixed"
     value: Value
+
+    @model_validator(mode="after")
+    def _no_prior(self) -> Fixed:
+        if self.prior is not None:
+            raise wrong("a fixed value has no use for a prior", "prior")
+        return self
+
+    def near(self, prior: Prior, generator: np.random.Generator) -> HyperparameterValue:
+        """The value."""
+        return self.value
 
     def sample(self, generator: np.random.Generator) -> HyperparameterValue:
         """The value."""
@@ -314,8 +380,8 @@ class RandomSearch:
             SpecError: None of 100,000 draws satisfied the constraints.
         """
         generator = np.random.default_rng([self.seed, index])
-        for _ in range(MAX_TRIES):
-            values = self.draw(generator)
+        for attempt in range(MAX_TRIES):
+            values = self.draw(generator, near=self._near(index, attempt, generator))
             if satisfied(self.constraints, values):
                 return values
         text = (
@@ -324,13 +390,50 @@ class RandomSearch:
         )
         raise SpecError([Problem(text, path="constraints")])
 
-    def draw(self, generator: np.random.Generator) -> dict[str, HyperparameterValue]:
-        """One configuration before the constraints; inactive parameters are absent."""
+    @property
+    def has_priors(self) -> bool:
+        """Whether some parameter has an expert prior."""
+        return any(domain.prior is not None for domain in self.space.values())
+
+    def _near(
+        self, index: int, attempt: int, generator: np.random.Generator
+    ) -> Literal["mode", "prior", ""]:
+        """How a configuration uses the priors; the constraints may rule the modes out."""
+        if not self.has_priors:
+            return ""
+        if index == 0 and attempt < MODE_TRIES:
+            return "mode"
+        return "prior" if generator.random() < PRIOR_SHARE else ""
+
+    def draw(
+        self, generator: np.random.Generator, *, near: Literal["mode", "prior", ""] = ""
+    ) -> dict[str, HyperparameterValue]:
+        """One configuration before the constraints; inactive parameters are absent.
+
+        Args:
+            generator: Of the randomness.
+            near: Take the modes of the priors, or draw from the priors, where there are any.
+        """
         values: dict[str, HyperparameterValue] = {}
         for name in self._order:
-            if self.space[name].active(values):
-                values[name] = self.space[name].sample(generator)
+            domain = self.space[name]
+            if domain.active(values):
+                if domain.prior is None or not near:
+                    values[name] = domain.sample(generator)
+                elif near == "prior":
+                    values[name] = domain.near(domain.prior, generator)
+                else:
+                    values[name] = declared(domain, domain.prior.mode)
         return values
+
+
+def declared(domain: Domain, value: HyperparameterValue) -> HyperparameterValue:
+    """`value` as the domain gives it: a float of a real domain, the listed one of a choice."""
+    if isinstance(domain, Uniform | LogUniform):
+        return float(value)
+    if isinstance(domain, Choice):
+        return next((v for v in domain.values if same(v, value)), value)
+    return int(value) if isinstance(domain, Integer) else value
 
 
 class GridSearch:
@@ -408,6 +511,15 @@ def _check_bounds(low: float, high: float) -> None:
         raise wrong(f"low ({low:g}) must be below high ({high:g})", "low")
     if not math.isfinite(float(high) - float(low)):
         raise wrong(f"the width from {low:g} to {high:g} is too large for a number", "high")
+
+
+def _check_mode(prior: Prior | None, low: float, high: float) -> None:
+    if prior is None:
+        return
+    if isinstance(prior.mode, bool | str):
+        raise wrong(f"the mode {prior.mode!r} is not a number", "prior", "mode")
+    if not low <= prior.mode <= high:
+        raise wrong(f"the mode {prior.mode:g} is not between {low:g} and {high:g}", "prior", "mode")
 
 
 def _check_step(step: float, width: float) -> None:

@@ -41,8 +41,28 @@ def load_spec(
     Raises:
         SpecError: All problems of the file, the overrides and the names in it, ordered by line.
     """
-    data, places, found = _content(source, search_path)
-    found += _override(data, overrides, places)
+    data, places, found = content(source, search_path)
+    return checked(data, places, overrides, found)
+
+
+def checked(
+    data: dict[str, Any],
+    places: Source,
+    overrides: Sequence[str] = (),
+    found: Sequence[Problem] = (),
+) -> Spec:
+    """The checked spec of content that was read already.
+
+    Args:
+        data: The content; the overrides are put into it.
+        places: Where its parts were written.
+        overrides: As for `load_spec`.
+        found: What is known to be wrong with it.
+
+    Raises:
+        SpecError: All problems, `found` among them.
+    """
+    found = [*found, *override(data, overrides, places)]
     spec, wrong = _validated(data, places)
     found += [problem for problem in wrong if not _explained(problem, found)]
     if spec is None:
@@ -101,13 +121,20 @@ def find(name: str | Path, search_path: Sequence[Path | str] | None = None) -> P
     beside = path.parent.glob("*.y*ml") if path.parent.is_dir() else ()
     local = {str(file): file for file in beside if file.suffix in _SUFFIXES}
     guess = nearest(str(name), local) or nearest(bare, known)
-    hint = f"did you mean '{guess}'?" if guess else f"shipped: {', '.join(sorted(known))}"
+    shipped = f"shipped: {', '.join(sorted(known))}" if known else "give the path of a file"
+    hint = f"did you mean '{guess}'?" if guess else shipped
     raise SpecError([Problem(f"no such file; {hint}", file=str(name))])
 
 
-def _content(
-    source: str | Path | Mapping[str, Any] | Spec, search_path: Sequence[Path | str] | None
+def content(
+    source: str | Path | Mapping[str, Any] | Spec,
+    search_path: Sequence[Path | str] | None = None,
 ) -> tuple[dict[str, Any], Source, list[Problem]]:
+    """What `source` holds, where each part was written, and what is wrong with it as YAML.
+
+    Raises:
+        SpecError: It cannot be read to its end, or holds no mapping.
+    """
     if isinstance(source, Spec):
         given = source.model_dump(exclude_unset=True)
         given["search_space"] = source.model_dump(include={"search_space"})["search_space"]
@@ -134,13 +161,14 @@ def _shown(path: Path) -> str:
         return str(path)
 
 
-def _override(data: dict[str, Any], overrides: Sequence[str], places: Source) -> list[Problem]:
+def override(data: dict[str, Any], overrides: Sequence[str], places: Source) -> list[Problem]:
+    """Puts `overrides` into `data`; what is wrong with them."""
     found = []
-    for override in overrides:
-        dotted, sign, text = override.partition("=")
+    for given in overrides:
+        dotted, sign, text = given.partition("=")
         path = as_parts(dotted.strip())
         if not sign or "" in path:
-            message = f"'{override}' is not of the form path.to.key=VALUE"
+            message = f"'{given}' is not of the form path.to.key=VALUE"
             found.append(Problem(message, file=OVERRIDE))
             continue
         value, _, wrong = parse(text, OVERRIDE)

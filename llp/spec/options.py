@@ -16,19 +16,40 @@ from llp.spec.wording import shown, suggest
 _GIVEN = {
     "models": {"channels", "image_size", "num_classes"},
     "optimizers": {"parameters", "learning_rate", "weight_decay"},
+    "averagings": {"model", "num_steps"},
 }
 """Arguments that `llp` itself passes, by table."""
 
 _UNIT = (lambda value: 0 <= value < 1, "at least 0 and below 1")
 _POSITIVE = (lambda value: value > 0, "above 0")
+_NEVER_NEGATIVE = (lambda value: value >= 0, "at least 0")
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "momentum": _UNIT,
     "beta1": _UNIT,
     "beta2": _UNIT,
     "dropout": _UNIT,
+    "decay": _UNIT,
+    "swa_start": _UNIT,
+    "ema_decay": _UNIT,
     "epsilon": _POSITIVE,
-    "noise": (lambda value: value >= 0, "at least 0"),
+    "rho": _POSITIVE,
+    "gamma": _POSITIVE,
+    "inner_learning_rate": _POSITIVE,
+    "swa_learning_rate": _POSITIVE,
+    "eta": _NEVER_NEGATIVE,
+    "gamma_growth": _NEVER_NEGATIVE,
+    "valley_strength": _NEVER_NEGATIVE,
+    "mean_weight": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    "smoothing_factor": (lambda value: 0 <= value <= 1, "at least 0 and at most 1"),
+    "noise": _NEVER_NEGATIVE,
     "confidence": (lambda value: 0 < value < 1, "above 0 and below 1"),
+    "delta": (lambda value: 0 < value < 0.5, "above 0 and below 0.5"),
+    "seconds": _POSITIVE,
+    "samples": _POSITIVE,
+    "accuracy": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    "margin": _NEVER_NEGATIVE,
+    "learned": (lambda value: 0 < value < 1, "above 0 and below 1"),
+    "factor": (lambda value: value > 1, "above 1"),
     "patience_fraction": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
 }
 

@@ -17,6 +17,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from llp.errors import Problem
 from llp.spec.domains import Domain, Frozen, Number, Value, Whole, as_domain, wrong
+from llp.spec.secrets import why_secret
 
 
 class Locator(Protocol):
@@ -44,6 +45,12 @@ class DatasetSpec(_Section):
     )
     max_train_examples: Whole | None = Field(
         default=None, ge=1, description="use only this many training images, class-balanced"
+    )
+    max_test_examples: Whole | None = Field(
+        default=None, ge=1, description="use only this many test images, class-balanced"
+    )
+    label_noise: Number = Field(
+        default=0.0, ge=0, lt=1, description="share of the training labels replaced by wrong ones"
     )
     options: dict[str, Any] = Field(default_factory=dict, description="arguments of the dataset")
 
@@ -85,6 +92,61 @@ class TrainingSpec(_Section):
         default="float32", description="of autocast in the forward pass"
     )
     compile: bool = Field(default=False, description="torch.compile the model")
+    averaging: str = Field(
+        default="none", description="judge an average of the weights: row of `llp list averagings`"
+    )
+    averaging_options: dict[str, Value] = Field(
+        default_factory=dict, description="options of the averaging that are not searched"
+    )
+    best_weights: Literal["off", "keep", "use"] = Field(
+        default="off",
+        description="of a full training, from the epoch with the best validation accuracy: keep "
+        "them in a file, or use them as its result instead of the last",
+    )
+    callbacks: list[dict[str, Any]] = Field(
+        default_factory=list,
+        description="what looks at a training between epochs: rows of `llp list callbacks` with "
+        "options; the training is the same to the bit without them",
+    )
+
+
+class CollectionSpec(_Section):
+    """A folder of finished studies that proposes the first configurations."""
+
+    collection: str = Field(description="folder whose folders are studies, such as output.root")
+    count: Whole = Field(
+        default=5, ge=1, description="configurations to try first, chosen to do for all studies"
+    )
+
+
+class WarmStartSpec(_Section):
+    """Earlier studies that a search learns from."""
+
+    studies: list[str] = Field(
+        default_factory=list,
+        description="study folders, names under output.root, or mlflow:URI#STUDY",
+    )
+    meta: CollectionSpec | None = Field(
+        default=None, description="first configurations from all studies in a folder"
+    )
+    num_configurations: Whole = Field(
+        default=3, ge=0, description="best configurations of earlier studies to try first"
+    )
+    observations: bool = Field(
+        default=True, description="tell tpe and gp all earlier results, not the best alone"
+    )
+    ignore: list[str] = Field(
+        default_factory=list,
+        description="parameters of earlier studies that may be missing in this search space",
+    )
+
+
+class ProxySpec(_Section):
+    """A first filter without training: the best of several candidates by a training-free proxy."""
+
+    name: str = Field(description="a row of `llp list proxies`")
+    candidates: Whole = Field(default=4, ge=2, description="configurations drawn for each trial")
+    num_examples: Whole = Field(default=64, ge=4, description="training images it looks at")
 
 
 class SearcherSpec(_Section):
@@ -94,12 +156,21 @@ class SearcherSpec(_Section):
     num_startup_trials: Whole = Field(
         default=10, ge=1, description="random configurations before tpe or gp takes over"
     )
+    warm_start: WarmStartSpec | None = Field(
+        default=None, description="earlier studies to learn from"
+    )
+    proxy: ProxySpec | None = Field(
+        default=None, description="with random: a first filter without training"
+    )
 
 
 class Tier1Spec(_Section):
     """Probing: how many configurations, on which rungs, and who gets more budget."""
 
     scheduler: str = Field(default="asha", description="a row of `llp list schedulers`")
+    scheduler_options: dict[str, Value] = Field(
+        default_factory=dict, description="options of the scheduler: `llp list schedulers`"
+    )
     num_trials: Whole = Field(default=32, ge=1, description="configurations probed")
     data_fractions: list[Number] = Field(
         default=[0.1, 0.3, 1.0],
@@ -115,12 +186,29 @@ class Tier1Spec(_Section):
     promotion: Literal["cold", "warm"] = Field(
         default="cold", description="start a rung afresh, or from the weights of the one below"
     )
+    warmup_fraction: Number | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="share of a probe's steps with warm-up where the probe is shorter than the "
+        "full training and this is more than the recipe's; default: the recipe's",
+    )
     eager_promotion: bool = Field(
         default=False,
         description="promote before new trials start, on incomplete rungs, as the ASHA paper does",
     )
     stop_rules: list[dict[str, Any]] = Field(
-        default=[{"name": "power_law"}], description="rows of `llp list stop_rules` with options"
+        default=[{"name": "forecast"}], description="rows of `llp list stop_rules` with options"
+    )
+    search_rules: list[dict[str, Any]] = Field(
+        default=[], description="what ends tier 1 early: rows of `llp list search_rules`"
+    )
+    audit_share: Number = Field(
+        default=0.03,
+        ge=0,
+        le=0.5,
+        description="share of the samples spent on probes that a forecast would have stopped, to "
+        "see how often that is wrong; 0 for none",
     )
     report_every: Whole = Field(default=1, ge=1, description="epochs between reports of a job")
     max_failures: Whole = Field(
@@ -178,18 +266,33 @@ class Tier2Spec(_Section):
             "sam_sharpness",
             "asam_sharpness",
             "noise_sharpness",
+            "noise_sigma",
             "gradient_norm",
             "hessian_eigenvalues",
             "hessian_trace",
+            "adaptive_trace",
+            "calibration_error",
+            "mean_entropy",
+            "confidence_gap",
         ],
         description="rows of `llp list metrics`",
     )
-    refinements: list[str] = Field(default=["swa_gain"], description="of swa_gain")
+    refinements: list[str] = Field(
+        default=["swa_gain"], description="of swa_gain, sam_gain, entropy_sgd_gain"
+    )
     num_examples: Whole = Field(default=1024, ge=8, description="training images measured on")
     batch_size: Whole = Field(default=256, ge=1, description="images at once while measuring")
     num_eigenvalues: Whole = Field(default=3, ge=1, description="of the Hessian, largest first")
     num_probes: Whole = Field(default=8, ge=2, description="probe vectors of the trace estimate")
+    num_draws: Whole = Field(default=8, ge=2, description="pairs of noise draws")
+    budget: Number = Field(
+        default=0.2,
+        ge=0,
+        description="cost of measuring as a share of the probe's samples, which picks the counts "
+        "above; 0: no limit",
+    )
     rho: Number = Field(default=0.05, gt=0, description="radius of SAM; ASAM uses 10 x rho")
+    rise: Number = Field(default=0.1, gt=0, description="rise of the loss for noise_sigma")
     sigma: Number = Field(default=0.05, gt=0, description="relative noise of noise_sharpness")
     refinement_epochs: Whole = Field(
         default=2, ge=1, description="length of a refinement of a survivor"
@@ -222,8 +325,44 @@ class VerificationSpec(_Section):
     """Full training of the best few; the test split is read once, at the end of each."""
 
     top_k: Whole = Field(default=3, ge=1, description="configurations trained in full")
+    probability: Number | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="the fewest configurations that hold the best with this probability, 0.8 say, "
+        "and at most top_k; default: top_k",
+    )
     num_seeds: Whole = Field(default=2, ge=1, description="full trainings of each")
     epochs: Whole | None = Field(default=None, ge=1, description="default: training.epochs")
+    corrupted: bool = Field(
+        default=False,
+        description="choose and judge by accuracy on corrupted images: `llp list corruptions`",
+    )
+    race: bool = Field(
+        default=False,
+        description="go on over common seeds, after num_seeds, until the order is settled",
+    )
+    max_seeds: Whole = Field(default=8, ge=2, description="with race: where it ends in any case")
+    error_rate: Number = Field(
+        default=0.05, gt=0, lt=0.5, description="with race: chance of a wrong order at most"
+    )
+    margin: Number | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="with race: difference in accuracy that counts as none; default: the standard "
+        "error that the validation images leave",
+    )
+
+    @model_validator(mode="after")
+    def _race(self) -> VerificationSpec:
+        if self.race and self.max_seeds < self.num_seeds:
+            raise wrong(
+                f"max_seeds ({self.max_seeds}) is below num_seeds ({self.num_seeds})",
+                "max_seeds",
+                "num_seeds",
+            )
+        return self
 
 
 class ResourcesSpec(_Section):
@@ -251,7 +390,7 @@ class TrackingSpec(_Section):
     @field_validator("uri")
     @classmethod
     def _no_secret(cls, uri: str | None) -> str | None:
-        if uri and "://" in uri and "@" in uri.split("://", 1)[1].split("/", 1)[0]:
+        if uri and (why_secret(uri) or "@" in uri.partition("://")[2].split("/", 1)[0]):
             raise wrong(
                 "credentials in a URL end up in logs; "
                 "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
@@ -296,11 +435,25 @@ class Spec(_Section):
     verification: VerificationSpec = Field(
         default=VerificationSpec(), description="full training of the best"
     )
+    objectives: list[Literal["error", "seconds", "samples", "parameters", "latency"]] = Field(
+        default_factory=list,
+        description="report which configurations no other one beats in all of these; tpe and gp "
+        "look for those of error, seconds and parameters",
+    )
     resources: ResourcesSpec = Field(default=ResourcesSpec(), description="CPUs and GPUs")
     tracking: TrackingSpec = Field(default=TrackingSpec(), description="MLflow")
     output: OutputSpec = Field(default=OutputSpec(), description="study folders and the page")
 
     _source: Locator | None = PrivateAttr(default=None)
+
+    @field_validator("objectives")
+    @classmethod
+    def _several(cls, names: list[str]) -> list[str]:
+        if len(names) == 1:
+            raise wrong("one objective has no front; name at least two, for example error, seconds")
+        if len(set(names)) < len(names):
+            raise wrong("an objective is listed twice")
+        return names
 
     @field_validator("search_space", mode="before")
     @classmethod

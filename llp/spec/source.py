@@ -54,10 +54,11 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Position:
-    """A place in a file, both 1-based."""
+    """A place in a file, both 1-based; `file` where that is not the one of its `Source`."""
 
     line: int
     column: int
+    file: str = ""
 
 
 @dataclass
@@ -90,7 +91,7 @@ class Source:
                 break
         if place is None:
             return Problem(message, path=dotted, file=self.file)
-        return Problem(message, dotted, self.file, place.line, place.column)
+        return Problem(message, dotted, place.file or self.file, place.line, place.column)
 
     def given(self, path: Parts) -> int:
         """How `path` was given: 2 by an override, 1 in the file, 0 not at all."""

@@ -1,8 +1,8 @@
 """Checks of the search space: is every parameter read, possible, reachable and satisfiable?
 
 A parameter is read when it is a field of `training` that may be searched, `model`, or an option of
-an optimizer or model that can be chosen. One that only some of these read must say so with `when`,
-or it would be drawn for trials that ignore it.
+an optimizer, averaging or model that can be chosen. One that only some of these read must say so
+with `when`, or it would be drawn for trials that ignore it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,12 @@ from llp.spec.schema import Spec, TrainingSpec
 NUM_DRAWS = 10_000
 """Draws after which constraints that none satisfies are called contradictory."""
 
-_NAMES = {"optimizer": "optimizers", "schedule": "schedules", "model": "models"}
+_NAMES = {
+    "optimizer": "optimizers",
+    "averaging": "averagings",
+    "schedule": "schedules",
+    "model": "models",
+}
 _NUMBERS = {
     "learning_rate": 0.1,
     "weight_decay": 0.0,
@@ -44,13 +49,15 @@ _NUMBERS = {
     "gradient_clip": 1.0,
 }
 SEARCHABLE = (*_NAMES, *_NUMBERS, "augmentation")
-"""Parameters that are not options of an optimizer or model."""
+"""Parameters that are not options of an optimizer, averaging or model."""
 
 _FIXED_FIELDS = {
     "epochs": "the rungs fix the epochs; set training.epochs or tier1.epochs",
     "optimizer_options": "search its entries by name, for example momentum",
+    "averaging_options": "search its entries by name, for example ema_decay",
     "precision": "it cannot be searched; set training.precision",
     "compile": "it cannot be searched; set training.compile",
+    "callbacks": "they watch and change nothing; set training.callbacks",
 }
 
 Finding = tuple[str, str]
@@ -59,6 +66,11 @@ Finding = tuple[str, str]
 def optimizers(spec: Spec) -> list[str]:
     """The optimizers a trial may use."""
     return _choices(spec, "optimizer", spec.training.optimizer)
+
+
+def averagings(spec: Spec) -> list[str]:
+    """The averagings a trial may use."""
+    return _choices(spec, "averaging", spec.training.averaging)
 
 
 def models(spec: Spec) -> list[str]:
@@ -103,6 +115,7 @@ def _read(spec: Spec, *, skip_conditions: bool) -> Iterator[Finding]:
     """Parameters nobody reads, or not always, or with impossible values."""
     readers: dict[str, dict[str, dict[str, Any]]] = {
         "optimizer": {name: options.known("optimizers", name) for name in optimizers(spec)},
+        "averaging": {name: options.known("averagings", name) for name in averagings(spec)},
         "model": {name: options.known("models", name) for name in models(spec)},
     }
     if not all(readers.values()) or any(
@@ -132,8 +145,8 @@ def _read(spec: Spec, *, skip_conditions: bool) -> Iterator[Finding]:
             continue
         if not reading:
             yield path, _unread(name, spec, readers)
-        elif len(reading) == 2:
-            both = f"optimizer {kinds['optimizer'][0]} and of model {kinds['model'][0]}"
+        elif len(reading) > 1:
+            both = " and of ".join(f"{kind} {kinds[kind][0]}" for kind in reading)
             yield path, f"'{name}' is an option of {both}; rename the option of the model"
         else:
             kind = reading[0]
@@ -204,9 +217,9 @@ def _unread(name: str, spec: Spec, readers: Mapping[str, Mapping[str, Any]]) -> 
         return f"nothing reads '{name}'; did you mean '{guess}'?"
     owners = [
         f"{kind.removesuffix('s')} {row}"
-        for kind in ("optimizers", "models")
+        for kind in ("optimizers", "averagings", "models")
         for row, entry in registry.TABLES[kind].items()
-        if name in entry.options
+        if entry.options.get(name) is not None  # None: only handed on to a base optimizer
     ]
     if owners:
         return (

@@ -11,11 +11,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from llp.errors import Problem, SpecError, nearest, unknown
 from llp.spec.domains import DOMAINS
 from llp.spec.schema import Spec
+from llp.spec.secrets import masked
 from llp.spec.source import MAX_BYTES, Parts, Source, as_parts
 
 MAX_SHOWN = 25
@@ -122,8 +123,17 @@ def message(found: Mapping[str, Any]) -> str:
     return str(found["msg"]).removeprefix("Value error, ")
 
 
-def problems(error: ValidationError, data: Any, source: Source) -> list[Problem]:
-    """What pydantic found in `data`, in our words and with places; at most one per path."""
+def problems(
+    error: ValidationError, data: Any, source: Source, schema: type[BaseModel] = Spec
+) -> list[Problem]:
+    """What pydantic found in `data`, in our words and with places; at most one per path.
+
+    Args:
+        error: Raised by `schema`.
+        data: What was validated.
+        source: Where its parts were written.
+        schema: What `data` should have been.
+    """
     found = error.errors(include_url=False)
     cleaned = [_path(item["loc"], data, item["type"]) for item in found]
     guesses: dict[Parts, set[str]] = {}
@@ -134,7 +144,7 @@ def problems(error: ValidationError, data: Any, source: Source) -> list[Problem]
             continue  # another member of the union got further into the value
         text, at_key = message(item), False
         if item["type"] == "extra_forbidden":
-            text, guess = _unknown_key(path, data)
+            text, guess = _unknown_key(path, data, schema)
             guesses.setdefault(path[:-1], set()).add(guess or "")
             at_key = True
         elif item["type"] == "llp":
@@ -164,25 +174,25 @@ def render(error: SpecError | Iterable[Problem], *, width: int = 100) -> str:
     return "\n".join(lines)
 
 
-def known_keys(path: Parts, data: Any) -> list[str]:
+def known_keys(path: Parts, data: Any, schema: type[BaseModel] = Spec) -> list[str]:
     """The keys that the mapping at `path` may hold."""
-    model: Any = Spec
+    model: Any = schema
     if len(path) == 2 and path[0] == "search_space":
         domain = data["search_space"][path[1]]
         model = DOMAINS.get(str(domain.get("type"))) if isinstance(domain, dict) else None
     elif path:
-        model = Spec.model_fields[str(path[0])].annotation if len(path) == 1 else None
+        model = schema.model_fields[str(path[0])].annotation if len(path) == 1 else None
     return list(model.model_fields) if model else []
 
 
-def _unknown_key(path: Parts, data: Any) -> tuple[str, str | None]:
-    name, known = str(path[-1]), known_keys(path[:-1], data)
+def _unknown_key(path: Parts, data: Any, schema: type[BaseModel] = Spec) -> tuple[str, str | None]:
+    name, known = str(path[-1]), known_keys(path[:-1], data, schema)
     guess = suggest(name, known)
     if guess:
         return f"unknown key '{name}'; did you mean '{guess}'?", guess
     homes = [
         section
-        for section, info in Spec.model_fields.items()
+        for section, info in schema.model_fields.items()
         if name in getattr(info.annotation, "model_fields", {})
     ]
     if homes and path[0] != "search_space":
@@ -245,7 +255,7 @@ def _excerpt(problem: Problem, width: int) -> list[str]:
         row = text.splitlines()[problem.line - 1]
     except (OSError, IndexError):
         return []
-    row = _printable(row)
+    row = masked(_printable(row))
     start = max(0, problem.column - width // 2) if len(row) > width else 0
     margin = f"{problem.line:>5} | "
     caret = " " * (len(margin) + problem.column - 1 - start) + "^"

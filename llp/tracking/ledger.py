@@ -83,8 +83,12 @@ class Ledger:
         return ledger
 
     @classmethod
-    def open(cls, folder: Path | str) -> Ledger:
+    def open(cls, folder: Path | str, *, wait_seconds: float = 0.25) -> Ledger:
         """Goes on with a study, dropping a last line that a kill cut short.
+
+        Args:
+            folder: The study folder.
+            wait_seconds: How long another driver may take to be gone.
 
         Raises:
             StudyError: No study there, another driver has it, it is damaged, or it was written by
@@ -93,15 +97,17 @@ class Ledger:
         """
         folder = Path(folder)
         header = study_header(folder)
-        ledger = cls._start(folder)
+        ledger = cls._start(folder, wait_seconds=wait_seconds)
         ledger._study_id = str(header.get("study_id", folder.name))
         return ledger
 
     @classmethod
-    def _start(cls, folder: Path) -> Ledger:
+    def _start(cls, folder: Path, *, wait_seconds: float = 0.25) -> Ledger:
         path = folder / LEDGER_NAME
         lock = FileLock.acquire(
-            folder / LOCK_NAME, busy=f"the study {folder.name} is already being run by"
+            folder / LOCK_NAME,
+            busy=f"the study {folder.name} is already being run by",
+            wait_seconds=wait_seconds,
         )
         try:
             try:
@@ -283,6 +289,20 @@ def has_study(folder: Path | str) -> bool:
     if not (Path(folder) / LEDGER_NAME).is_file():
         return False
     return any(True for _ in read_events(folder))
+
+
+def no_batch(folder: Path) -> Path:
+    """`folder`, unless it holds a batch of runs, which has a page and a table of its own.
+
+    Raises:
+        StudyError: It does.
+    """
+    if has_study(folder) and study_header(folder).get("kind") == "batch":
+        raise StudyError(
+            f"{folder} is a batch and no search; see its report.html and runs.parquet, or "
+            "`llp batch FILE --render-only`"
+        )
+    return folder
 
 
 def is_running(folder: Path | str) -> bool:

@@ -19,6 +19,8 @@ from llp.tracking.files import write_atomic
 STATE_NAME = "mlflow_sync.json"
 SORT_METRIC = "final/score"
 """The metric that trials are sorted by, best first."""
+BATCH_SORT_METRIC = "final/test_accuracy"
+"""The metric that the trainings of a batch are sorted by, best first."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class SyncState:
         runs: Trial id -> run id.
         last_seq: Sequence number of the last ledger event shipped; -1 for none.
         complete: Everything up to the end of the study was shipped.
+        batch: Whether it is a batch, whose children are trainings.
     """
 
     uri: str
@@ -46,6 +49,7 @@ class SyncState:
     runs: dict[str, str] = field(default_factory=dict)
     last_seq: int = -1
     complete: bool = False
+    batch: bool = False
 
 
 def read_state(folder: Path | str) -> SyncState | None:
@@ -80,7 +84,9 @@ def default_uri(root: Path | str) -> str:
     return f"sqlite:///{Path(root).resolve() / 'mlflow.db'}"
 
 
-def deep_link(base_url: str, experiment_id: str, study_id: str, *, study_key: str = "") -> str:
+def deep_link(
+    base_url: str, experiment_id: str, study_id: str, *, study_key: str = "", batch: bool = False
+) -> str:
     """The page with all trials of a study: flat, best score first, as charts.
 
     Args:
@@ -88,15 +94,17 @@ def deep_link(base_url: str, experiment_id: str, study_id: str, *, study_key: st
         experiment_id: MLflow's id of the experiment.
         study_id: The study.
         study_key: When given, tells apart two studies of the same name.
+        batch: Of a batch: all its trainings, best test accuracy first.
     """
-    wanted = {"llp.study_id": study_id, "llp.kind": "trial"}
+    wanted = {"llp.study_id": study_id, "llp.kind": "training" if batch else "trial"}
     if study_key:
         wanted["llp.study_key"] = study_key
+    metric = BATCH_SORT_METRIC if batch else SORT_METRIC
     clauses = " and ".join(f"tags.`{name}` = {quoted(value)}" for name, value in wanted.items())
     return (
         f"{base_url.rstrip('/')}/#/experiments/{quote(experiment_id, safe='')}/runs"
         f"?searchFilter={quote(clauses, safe='')}"
-        f"&orderByKey={quote(f'metrics.`{SORT_METRIC}`', safe='')}&orderByAsc=false"
+        f"&orderByKey={quote(f'metrics.`{metric}`', safe='')}&orderByAsc=false"
         "&compareRunsMode=CHART&workflowType=machine_learning"
     )
 
@@ -124,7 +132,9 @@ def study_link(folder: Path | str, base_url: str = "") -> str | None:
     base_url = base_url or (state.uri if is_server(state.uri) else "")
     if not base_url:
         return None
-    return deep_link(base_url, state.experiment_id, state.study_id, study_key=state.study_key)
+    return deep_link(
+        base_url, state.experiment_id, state.study_id, study_key=state.study_key, batch=state.batch
+    )
 
 
 def quoted(value: str) -> str:

@@ -14,9 +14,19 @@ The part of a metric's name before the first `/` is a section of MLflow's chart 
   the curves of trials that went up can be compared with those that did not. `tier1/data_fraction`
   tells where one rung ends and the next begins.
 - `tier2/<metric>` and `tier2_standard_error/<metric>`: the landscape around the checkpoint.
+- `<callback>/<name>`: what a training callback measured, such as `curvature/eigenvalue_1`, stepped
+  like the curve of the job that was watched; `..._seed_<seed>` for full trainings.
 - `score_terms/<term>`: the contributions that sum to `final/score`.
 - `verify/..._seed_<seed>`: curves of the full trainings, stepped by epoch.
+- `training/...`: of a training by itself, the whole curve of its first seed, so that the curves of
+  several trainings have the same names. Its run is named like the training.
 - `verified/...`: test results of the full trainings, mean and standard deviation over seeds.
+- `objectives/...`, `objectives_verified/...`: values of several objectives; whether a trial is on
+  the front is the tag `llp.objectives_front`, the hypervolume is on the parent.
+- `race/...`: how far behind the leader of the race over seeds, and the bound on how far ahead,
+  stepped by the number of seeds.
+- `ranks/rung_1_to_2` on the parent: Spearman's correlation among the trials promoted, `..._low` and
+  `..._high` its interval. Once stopping by forecast is off, the tag `llp.early_stopping` says why.
 - `cost/...` on the parent: training examples by phase.
 
 Params are the searched hyperparameters only, with a `log10_` companion for those drawn on a
@@ -26,126 +36,50 @@ never logged: a missing metric says "not measured", `llp.stop_reason` says why.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import posixpath
-import re
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
 from llp.records import Trial, TrialResult
-from llp.tracking.replay import NOT_FINISHED, Replay
-
-STUDY = ""
-"""Key of the parent row; children are keyed by trial id."""
-
-_FAILURES = {"diverged", "failed", "out_of_memory"}
-_CURVE_FIELDS = (
-    "validation_accuracy",
-    "validation_loss",
-    "train_accuracy",
-    "train_loss",
-    "learning_rate",
-    "data_fraction",
-    "samples_seen",
+from llp.tracking.replay import NOT_FINISHED
+from llp.tracking.rows import (
+    CURVE_FIELDS,
+    MAX_PARAM,
+    MAX_TAG,
+    STUDY,
+    Row,
+    RowTable,
+    flat,
+    safe_key,
+    safe_text,
+    texts,
 )
+
+FAILURES = {"diverged", "failed", "out_of_memory"}
+"""Outcomes of runs that MLflow shows as failed."""
 _NOT_CONSTANTS = {"search_space", "resources", "tracking", "output", "version", "name"}
-_BAD_CHARACTERS = re.compile(r"[^/\w.\- :]")
-_UNSTORABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
-_MAX_KEY, _MAX_PARAM, _MAX_TAG = 200, 500, 4000
-
-MetricRow = tuple[str, float, int, int]
-"""Key, value, Unix time in milliseconds, step."""
+_OF_SEARCHES = {"constraints", "searcher", "tier1", "tier2", "score"}
 
 
-@dataclass
-class Row:
-    """One run as it should be, and the metrics that were not taken yet.
-
-    Attributes:
-        name: Run name.
-        start: Unix time in milliseconds.
-        params: Name -> value; never changed once set.
-        tags: Name -> value.
-        metrics: New metric rows.
-        status: MLflow's run status.
-        end: Unix time in milliseconds of the end, when there is one.
-    """
-
-    name: str
-    start: int
-    params: dict[str, str] = field(default_factory=dict)
-    tags: dict[str, str] = field(default_factory=dict)
-    metrics: list[MetricRow] = field(default_factory=list)
-    status: str = "RUNNING"
-    end: int | None = None
-
-
-class Rows:
-    """The rows after the events taken so far; `dirty` names those that changed."""
+class Rows(RowTable):
+    """The rows of a search or of a training by itself."""
 
     def __init__(self) -> None:
-        self.replay = Replay(keep_curves=False)
-        self.rows: dict[str, Row] = {}
-        self.dirty: dict[str, None] = {}
-        self.study_key = ""
-        self._common_tags: dict[str, str] = {}
+        super().__init__()
+        self._alone = False  # a training by itself, without a search
         self._log_parameters: set[str] = set()
         self._steps_below: dict[int, int] = {}
-        self._scalars: dict[tuple[str, str], float] = {}
-        self._in_flight: dict[tuple[str, int], tuple[float, ...]] = {}
         self._seeds: dict[str, int] = {}
         self._attempts: dict[str, int] = {}
         self._ended: dict[str, int] = {}
 
-    @property
-    def terminal(self) -> bool:
-        """Whether the study has ended, well or not."""
-        return self.replay.terminal is not None
-
-    def take(self, event: Mapping[str, Any]) -> None:
-        """Takes in the next event of the ledger."""
-        self.replay.take(event)
-        handler = getattr(self, f"_on_{event['event']}", None)
-        if handler is not None:
-            handler(event, _milliseconds(event["time"]))
-
-    def forget(self) -> None:
-        """Marks everything so far as shipped."""
-        self.dirty.clear()
-        for row in self.rows.values():
-            row.metrics.clear()
-
-    def interrupt(self) -> None:
-        """The driver is gone without a last word: what runs will not end by itself."""
-        end = _milliseconds(self.replay.last_time)
-        for key, row in self.rows.items():
-            if row.status == "RUNNING":
-                row.status, row.end = "KILLED", end
-                self.dirty[key] = None
-        if STUDY in self.rows:
-            self.rows[STUDY].tags["llp.status"] = "interrupted"
-
     # -- the study -------------------------------------------------------------------------------
 
     def _on_study(self, event: Mapping[str, Any], time: int) -> None:
-        spec, environment = event.get("spec", {}), event.get("environment", {})
-        identity = f"{event['study_id']} {event['spec_digest']} {event['time']!r}"
-        self.study_key = hashlib.sha256(identity.encode("utf-8", "replace")).hexdigest()[:16]
-        self._common_tags = _texts(
-            {
-                "llp.study_id": event["study_id"],
-                "llp.study_key": self.study_key,
-                "llp.spec_sha256": event["spec_digest"],
-                "llp.version": event.get("llp_version", ""),
-                "llp.git_commit": environment.get("git_commit") or "",
-                "mlflow.source.name": "llp",
-            },
-            _MAX_TAG,
-        )
+        self._identify(event)
+        self._alone = event.get("kind") == "training"
+        spec = event.get("spec", {})
         self._log_parameters = {
             name
             for name, domain in spec.get("search_space", {}).items()
@@ -155,19 +89,14 @@ class Rows:
         for rung in self.replay.rungs:
             self._steps_below[rung.rung] = steps
             steps += rung.epochs
-        constants = {k: v for k, v in spec.items() if k not in _NOT_CONSTANTS}
+        hidden = _NOT_CONSTANTS | (_OF_SEARCHES if self._alone else set())
+        constants = {k: v for k, v in spec.items() if k not in hidden}
         row = Row(name=str(event["study_id"]), start=time)
         row.params = {
-            safe_key(name): safe_text(value, _MAX_PARAM) for name, value in _flat(constants)
+            safe_key(name): safe_text(value, MAX_PARAM) for name, value in flat(constants)
         }
         row.tags = {**self._common_tags, "llp.kind": "study", "llp.status": "running"}
         self._put(STUDY, row)
-
-    def _on_opened(self, event: Mapping[str, Any], time: int) -> None:
-        row = self.rows[STUDY]
-        row.status, row.end = "RUNNING", None
-        row.tags["llp.status"] = "running"
-        self.dirty[STUDY] = None
 
     def _on_phase(self, event: Mapping[str, Any], time: int) -> None:
         if event["status"] != "end":
@@ -194,7 +123,7 @@ class Rows:
         reason = event.get("winner_reason") or event.get("reason") or ""
         row = self.rows[STUDY]
         row.status, row.end = status, time
-        row.tags |= _texts(
+        row.tags |= texts(
             {
                 "llp.status": event["event"],
                 "llp.winner": event.get("winner") or "",
@@ -203,7 +132,7 @@ class Rows:
                 if event.get("winner")
                 else str(reason),
             },
-            _MAX_TAG,
+            MAX_TAG,
         )
         cost = self.replay.cost()
         for name in ("tier1", "tier2", "verification", "full_search"):
@@ -220,7 +149,8 @@ class Rows:
         trial = self.replay.trials[event["trial"]["trial_id"]].trial
         if trial.trial_id in self.rows:
             return
-        row = Row(name=trial.trial_id, start=time, params=self._params(trial))
+        name = self.rows[STUDY].name if self._alone else trial.trial_id
+        row = Row(name=name, start=time, params=self._params(trial))
         row.tags = {
             **self._common_tags,
             "llp.kind": "trial",
@@ -235,7 +165,7 @@ class Rows:
     def _params(self, trial: Trial) -> dict[str, str]:
         params = {}
         for name, value in trial.hyperparameters.items():
-            params[safe_key(name)] = safe_text(value, _MAX_PARAM)
+            params[safe_key(name)] = safe_text(value, MAX_PARAM)
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if name in self._log_parameters and number and float(value) > 0:
                 params[safe_key(f"log10_{name}")] = f"{math.log10(float(value)):.6g}"
@@ -255,27 +185,37 @@ class Rows:
         if trial_id not in self.rows:
             return
         epoch = int(point["epoch"])
-        # A job that a second driver ran again repeats its points to the same numbers; a second
-        # row at the same step would draw every such epoch twice.
-        values = tuple(point[name] for name in _CURVE_FIELDS)
-        if self._in_flight.get((job_id, epoch)) == values:
+        if self._repeats(job_id, point):
             return
-        self._in_flight[job_id, epoch] = values
         if event["kind"] == "probe":
             step = self._steps_below.get(int(point["rung"]), 0) + epoch
-            for name in _CURVE_FIELDS:
+            for name in CURVE_FIELDS:
                 self._metric(trial_id, f"tier1/{name}", point[name], time, step)
         elif event["kind"] == "verify":
             seed = self._seeds.get(job_id, job_id)
+            if self._alone and next(iter(self._seeds), "") == job_id:
+                for name in CURVE_FIELDS:
+                    self._metric(trial_id, f"training/{name}", point[name], time, epoch)
             for name in ("validation_accuracy", "train_loss"):
                 self._metric(trial_id, f"verify/{name}_seed_{seed}", point[name], time, epoch)
+
+    def _on_observation(self, event: Mapping[str, Any], time: int) -> None:
+        found = event["observation"]
+        trial_id, job_id, epoch = found["trial_id"], found["job_id"], int(found["epoch"])
+        if trial_id not in self.rows or job_id not in self.replay.jobs:
+            return
+        verified = job_id in self._seeds
+        below = 0 if verified else self._steps_below.get(self.replay.jobs[job_id].rung, 0)
+        suffix = f"_seed_{self._seeds[job_id]}" if verified else ""
+        for name, value in found["values"].items():
+            key = f"{found['callback']}/{name}{suffix}"
+            self._metric(trial_id, key, value, time, below + epoch)
 
     def _on_job_end(self, event: Mapping[str, Any], time: int) -> None:
         end = event["end"]
         if end["outcome"] in {"completed", "stopped"}:
-            for key in [key for key in self._in_flight if key[0] == end["job_id"]]:
-                del self._in_flight[key]
-        if event["kind"] == "probe" and end["trial_id"] in self.rows:
+            self._landed(end["job_id"])
+        if event["kind"] == self.replay.told_by and end["trial_id"] in self.rows:
             self._attempts[end["trial_id"]] = event["attempt"]
             self._ended[end["trial_id"]] = time
             self._refresh(end["trial_id"], time)
@@ -284,6 +224,26 @@ class Rows:
         decision = event["decision"]
         if decision["kind"] in {"promote", "retry"} and decision["trial_id"] in self.rows:
             self._refresh(decision["trial_id"], time)
+        elif decision["kind"] == "stops_off":
+            self.rows[STUDY].tags["llp.early_stopping"] = safe_text(decision["reason"], MAX_TAG)
+            self.dirty[STUDY] = None
+
+    def _on_rank_correlations(self, event: Mapping[str, Any], time: int) -> None:
+        for pair in event["rank_correlations"]:
+            name = f"ranks/rung_{pair['lower']}_to_{pair['higher']}"
+            self._scalar(STUDY, name, pair["value"], time)
+            self._scalar(STUDY, f"{name}_low", pair["interval"]["low"], time)
+            self._scalar(STUDY, f"{name}_high", pair["interval"]["high"], time)
+
+    def _on_stop_audit(self, event: Mapping[str, Any], time: int) -> None:
+        audit = event["stop_audit"]
+        for name in ("num_stops", "num_audits", "num_false"):
+            self._scalar(STUDY, f"stops/{name}", audit[name], time)
+        if audit["num_audits"]:
+            rate = audit["num_false"] / audit["num_audits"]
+            self._scalar(STUDY, "stops/false_stop_rate", rate, time)
+        self._scalar(STUDY, "stops/false_stop_rate_low", audit["rate"]["low"], time)
+        self._scalar(STUDY, "stops/false_stop_rate_high", audit["rate"]["high"], time)
 
     def _refresh(self, trial_id: str, time: int, *, tier1_over: bool = False) -> TrialResult:
         """Outcome, reason and status of a trial, as far as they are known."""
@@ -296,16 +256,16 @@ class Rows:
             tags |= {"llp.outcome": "running", "llp.stop_reason": "", "llp.failure": ""}
         else:
             waiting = result.stopped_by.startswith("rung ") and not tier1_over
-            failed = result.outcome in _FAILURES
+            failed = result.outcome in FAILURES
             row.status = "FAILED" if failed else "RUNNING" if waiting else "FINISHED"
             ended = self._ended.get(trial_id, time)
             row.end = ended if row.status != "RUNNING" else None
             tags |= {
                 "llp.outcome": result.outcome,
                 "llp.stop_reason": result.outcome if failed else result.stopped_by,
-                "llp.failure": result.failure[-_MAX_TAG:],
+                "llp.failure": result.failure[-MAX_TAG:],
             }
-        row.tags |= _texts(tags, _MAX_TAG)
+        row.tags |= texts(tags, MAX_TAG)
         self.dirty[trial_id] = None
         return result
 
@@ -313,7 +273,7 @@ class Rows:
         for trial_id in self.replay.trials:
             result = self._refresh(trial_id, time, tier1_over=True)
             last = result.last
-            if last is not None and result.outcome not in _FAILURES:
+            if last is not None and result.outcome not in FAILURES:
                 for name in ("validation_accuracy", "validation_loss"):
                     self._scalar(trial_id, f"final/{name}", getattr(last, name), time)
             self._scalar(trial_id, "final/samples_seen", result.samples_seen, time)
@@ -330,9 +290,9 @@ class Rows:
 
     def _on_scores(self, event: Mapping[str, Any], time: int) -> None:
         report = event["score_report"]
-        self.rows[STUDY].tags |= _texts(
+        self.rows[STUDY].tags |= texts(
             {"llp.score_preset": report["preset"], "llp.score_sentence": report["sentence"]},
-            _MAX_TAG,
+            MAX_TAG,
         )
         self.dirty[STUDY] = None
         for score in report["scores"]:
@@ -353,6 +313,26 @@ class Rows:
             accuracy = verification["test_accuracy"]
             self._scalar(trial_id, f"verified/test_accuracy_seed_{seed}", accuracy, time)
 
+    def _on_race(self, event: Mapping[str, Any], time: int) -> None:
+        found = event["look"]
+        for name, bound in found["ahead_at_most"].items():
+            self._metric(name, "race/ahead_at_most", bound, time, found["num_seeds"])
+            self._metric(name, "race/behind", found["behind"][name], time, found["num_seeds"])
+        for name, why in found["out"].items():
+            self.rows[name].tags["llp.race"] = safe_text(why, MAX_TAG)
+            self.dirty[name] = None
+
+    def _on_front(self, event: Mapping[str, Any], time: int) -> None:
+        found = event["front"]
+        section = "objectives" if found["rung"] else "objectives_verified"
+        for name, values in found["values"].items():
+            for objective, value in values.items():
+                self._scalar(name, f"{section}/{objective}", value, time)
+            self.rows[name].tags[f"llp.{section}_front"] = str(name in found["front"]).lower()
+            self.dirty[name] = None
+        self._scalar(STUDY, f"{section}/front_size", len(found["front"]), time)
+        self._scalar(STUDY, f"{section}/hypervolume_share", found["covered"], time)
+
     def _verified(self, time: int) -> None:
         by_trial: dict[str, list[Any]] = {}
         for verification in self.replay.verifications.values():
@@ -366,70 +346,10 @@ class Rows:
             for name in ("test_loss", "validation_accuracy"):
                 mean = statistics.fmean(getattr(verification, name) for verification in found)
                 self._scalar(trial_id, f"verified/{name}", mean, time)
+            for name in ("corrupted_test_accuracy", "corrupted_validation_accuracy"):
+                values = [getattr(verification, name) for verification in found]
+                if all(map(math.isfinite, values)):
+                    self._scalar(trial_id, f"verified/{name}", statistics.fmean(values), time)
             if len(found) > 1:
                 deviation = statistics.stdev(accuracies)
                 self._scalar(trial_id, "verified/test_accuracy_standard_deviation", deviation, time)
-
-    # -- rows ------------------------------------------------------------------------------------
-
-    def _put(self, key: str, row: Row) -> None:
-        self.rows[key] = row
-        self.dirty[key] = None
-
-    def _metric(self, key: str, name: str, value: Any, time: int, step: int) -> None:
-        if value is not None and math.isfinite(value):
-            self.rows[key].metrics.append((safe_key(name), float(value), time, step))
-            self.dirty[key] = None
-
-    def _scalar(self, key: str, name: str, value: Any, time: int) -> None:
-        """One value per run, at step 0; said again only when it changed."""
-        if value is None or self._scalars.get((key, name)) == value:
-            return
-        self._scalars[key, name] = value
-        self._metric(key, name, value, time, 0)
-
-
-def safe_key(name: str) -> str:
-    """`name` as MLflow accepts it for params and metrics; left alone when it already is.
-
-    What had to change gets a short hash, so that two names cannot become one.
-
-    >>> safe_key("tier1/train_loss")
-    'tier1/train_loss'
-    >>> safe_key("a@b")
-    'a_b-7508d8'
-    """
-    clean = _BAD_CHARACTERS.sub("_", safe_text(name, 10_000))
-    clean = re.sub(r"/+", "/", clean).strip("/ ")
-    if posixpath.normpath(clean) != clean or clean.startswith("."):
-        clean = clean.replace(".", "_").replace("//", "/")
-    clean = clean[:_MAX_KEY]
-    if clean and clean == name:
-        return clean
-    digest = hashlib.sha256(name.encode("utf-8", "backslashreplace")).hexdigest()[:6]
-    return f"{clean}-{digest}"
-
-
-def safe_text(value: Any, limit: int) -> str:
-    """`value` as text any of MLflow's databases can store, at most `limit` characters."""
-    text = _UNSTORABLE.sub("\ufffd", value if isinstance(value, str) else str(value))
-    return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-def _texts(values: Mapping[str, Any], limit: int) -> dict[str, str]:
-    return {name: safe_text(value, limit) for name, value in values.items()}
-
-
-def _milliseconds(time: float) -> int:
-    return round(float(time) * 1000)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested mappings under dotted names; lists as JSON, absent values left out."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        elif isinstance(value, Sequence) and not isinstance(value, str):
-            yield f"{prefix}{name}", json.dumps(value)
-        elif value is not None:
-            yield f"{prefix}{name}", value

@@ -1,10 +1,10 @@
 """MLflow as the place where people browse. The only file that imports `mlflow`.
 
 `MlflowTracker` turns ledger events (through `mlflow_rows`) into one run per study and one child run
-per trial. It is a copy of the ledger and never the truth: runs are found again by their tags, rows
-carry the ledger's timestamps, and MLflow keeps one row per (key, timestamp, step, value), so
-everything may be sent twice. What is left to remember, how far it got, is in `mlflow_sync.json`
-and may be lost.
+per trial, those of a batch (through `batch_rows`) into one per batch and one per training. It is a
+copy of the ledger and never the truth: runs are found again by their tags, rows carry the ledger's
+timestamps, and MLflow keeps one row per (key, timestamp, step, value), so everything may be sent
+twice. What is left to remember, how far it got, is in `mlflow_sync.json` and may be lost.
 
 All runs of a flush get one `log_batch` each: requests per trial, not points, are what MLflow is
 slow at.
@@ -16,9 +16,11 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,7 @@ from mlflow.entities import (  # noqa: E402
     InputTag,
     Metric,
     Param,
+    Run,
     RunStatus,
     RunTag,
 )
@@ -47,7 +50,8 @@ from mlflow.exceptions import MlflowException  # noqa: E402
 from mlflow.tracking import MlflowClient  # noqa: E402
 from sqlalchemy.exc import SQLAlchemyError  # noqa: E402
 
-from llp.errors import TrackingError  # noqa: E402
+from llp.errors import StudyError, TrackingError  # noqa: E402
+from llp.tracking.batch_rows import BatchRows  # noqa: E402
 from llp.tracking.ledger import read_events, study_header  # noqa: E402
 from llp.tracking.links import (  # noqa: E402
     SyncState,
@@ -59,13 +63,14 @@ from llp.tracking.links import (  # noqa: E402
     write_state,
 )
 from llp.tracking.lock import FileLock  # noqa: E402
-from llp.tracking.mlflow_rows import STUDY, Row, Rows, safe_text  # noqa: E402
+from llp.tracking.mlflow_rows import Rows  # noqa: E402
+from llp.tracking.rows import STUDY, Row, RowTable, safe_text  # noqa: E402
 
 __all__ = ["MlflowTracker", "ServerNotAnswering", "compare_link", "deep_link"]
 
 _logger = logging.getLogger(__name__)
 _MAX_METRICS, _MAX_PARAMS = 900, 90  # MLflow: 1000 rows a batch, 100 of them params, 100 tags
-_ARTIFACTS = ("spec.yaml", "report.html")
+_ARTIFACTS = ("spec.yaml", "report.html", "runs.parquet")
 
 
 class ServerNotAnswering(TrackingError):
@@ -91,11 +96,11 @@ class MlflowTracker:
         self, uri: str, experiment: str, study_folder: Path | str, *, rebuild: bool = False
     ) -> None:
         self.uri, self.experiment, self.folder = uri, experiment, Path(study_folder)
-        self._rows = Rows()
+        self._header = study_header(self.folder)
+        self._rows: RowTable = BatchRows() if self._header.get("kind") == "batch" else Rows()
         self._seen = -1
         self._sent_artifacts: dict[str, str] = {}
         self._told: dict[str, dict[str, str]] = {}
-        self._header = study_header(self.folder)
         self._rows.take(self._header)
         with self._answers():
             self._client = _connect(uri)
@@ -182,7 +187,7 @@ class MlflowTracker:
         return str(found.experiment_id)
 
     def _find_runs(self) -> tuple[dict[str, str], dict[str, str]]:
-        """Run ids and statuses of this study's runs, by trial id (`STUDY` for the parent)."""
+        """Run ids and statuses of this study's runs, by their key (`STUDY` for the parent)."""
         runs: dict[str, str] = {}
         status: dict[str, str] = {}
         token = None
@@ -195,7 +200,7 @@ class MlflowTracker:
                 page_token=token,
             )
             for run in page:
-                key = run.data.tags.get("llp.trial_id", STUDY)
+                key = run.data.tags.get(self._rows.key_tag, STUDY)
                 runs.setdefault(key, run.info.run_id)
                 status.setdefault(key, run.info.status)
             token = page.token
@@ -296,7 +301,7 @@ class MlflowTracker:
         self._status[key] = row.status
 
     def _send_artifacts(self) -> None:
-        """Dataset, spec and report of the study, each only when it changed."""
+        """Dataset, spec, report and table of the study, each only when it changed."""
         if STUDY in self._runs and "dataset" not in self._sent_artifacts:
             self._client.log_inputs(self._runs[STUDY], [_dataset(self._header)])
             self._sent_artifacts["dataset"] = "sent"
@@ -321,8 +326,91 @@ class MlflowTracker:
             runs=runs,
             last_seq=self._seen,
             complete=complete,
+            batch=self._header.get("kind") == "batch",
         )
         write_state(self.folder, state)
+
+
+@dataclass(frozen=True)
+class TrackedTrial:
+    """One trial of a study as MLflow has it; a number it does not have is NaN.
+
+    Attributes:
+        trial_id: Its id.
+        hyperparameters: Name -> value as text.
+        lowest: Validation accuracy at the end of the lowest rung.
+        rung: The highest rung.
+        accuracy: Validation accuracy at the end of it.
+        verified: Mean validation accuracy of the full trainings.
+    """
+
+    trial_id: str
+    hyperparameters: Mapping[str, str]
+    lowest: float
+    rung: float
+    accuracy: float
+    verified: float
+
+
+def read_trials(uri: str, study: str) -> list[TrackedTrial]:
+    """The trials of a study by its name; of several studies of that name, those of the newest.
+
+    Raises:
+        StudyError: MLflow cannot be read, or has no such study.
+    """
+    path = _sqlite_path(uri)
+    if path is not None and not path.exists():
+        raise StudyError(f"there is no MLflow database at {path}")
+    try:
+        client = _connect(uri)
+        experiments = [found.experiment_id for found in client.search_experiments()]
+        wanted = f"tags.`llp.study_id` = {quoted(study)}"
+        newest = ["attributes.start_time DESC"]
+        parents = client.search_runs(
+            experiments, f"{wanted} and tags.`llp.kind` = 'study'", order_by=newest, max_results=1
+        )
+        if not parents:
+            raise StudyError(f"MLflow at {uri} has no study '{study}'")
+        key = parents[0].data.tags["llp.study_key"]
+        children = f"tags.`llp.study_key` = {quoted(key)} and tags.`llp.kind` = 'trial'"
+        runs: list[Run] = []
+        token = None
+        while True:
+            page = client.search_runs(experiments, children, max_results=500, page_token=token)
+            runs += page
+            token = page.token
+            if not token:
+                break
+        found = [_tracked(client, run) for run in runs]
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        raise StudyError(f"cannot read MLflow at {uri}: {_first_line(error)}") from error
+    return sorted(found, key=lambda trial: trial.trial_id)
+
+
+def _tracked(client: MlflowClient, run: Run) -> TrackedTrial:
+    metrics, params = run.data.metrics, run.data.params
+    accuracy = metrics.get("final/validation_accuracy", math.nan)
+    rung = float(run.data.tags.get("llp.rung", "nan"))
+    lowest = accuracy
+    if rung > 1:
+        fractions = client.get_metric_history(run.info.run_id, "tier1/data_fraction")
+        points = client.get_metric_history(run.info.run_id, "tier1/validation_accuracy")
+        least = min((point.value for point in fractions), default=math.nan)
+        steps = {point.step for point in fractions if point.value == least}
+        on_it = {point.step: point.value for point in points if point.step in steps}
+        lowest = on_it[max(on_it)] if on_it else math.nan
+    return TrackedTrial(
+        trial_id=run.data.tags["llp.trial_id"],
+        hyperparameters={
+            name: value
+            for name, value in params.items()
+            if name.removeprefix("log10_") == name or name.removeprefix("log10_") not in params
+        },
+        lowest=lowest,
+        rung=rung,
+        accuracy=accuracy,
+        verified=metrics.get("verified/validation_accuracy", math.nan),
+    )
 
 
 def _connect(uri: str) -> MlflowClient:

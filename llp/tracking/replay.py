@@ -21,9 +21,14 @@ from llp.records import (
     FlatnessProfile,
     JobEnd,
     LearningCurve,
+    ParetoFront,
+    ProxyScore,
+    RaceLook,
+    RankCorrelation,
     Rung,
     ScoreReport,
     SearchResult,
+    StopAudit,
     Trial,
     TrialResult,
     Verification,
@@ -112,6 +117,7 @@ class Replay:
         self.keep_curves = keep_curves
         self.header: Mapping[str, Any] | None = None
         self.environment: Mapping[str, Any] = {}
+        self.told_by = "probe"
         self.rungs: tuple[Rung, ...] = ()
         self.trials: dict[str, _TrialState] = {}
         self.jobs: dict[str, _Job] = {}
@@ -119,7 +125,12 @@ class Replay:
         self.decisions: list[Decision] = []
         self.profiles: dict[str, FlatnessProfile] = {}
         self.verifications: dict[tuple[str, int], Verification] = {}
+        self.race: dict[int, RaceLook] = {}
+        self.fronts: dict[int, ParetoFront] = {}
+        self.proxies: dict[str, ProxyScore] = {}
         self.score_report: ScoreReport | None = None
+        self.stop_audit: StopAudit | None = None
+        self.ranks: dict[tuple[int, int], RankCorrelation] = {}
         self.seconds: dict[str, float] = {}
         self.open_phase: tuple[str, float] | None = None
         self.terminal: Mapping[str, Any] | None = None
@@ -137,6 +148,8 @@ class Replay:
         self.header = event
         self.environment = event.get("environment", {})
         self.rungs = tuple(from_plain(Rung, rung) for rung in event.get("rungs", ()))
+        if event.get("kind") == "training":  # has no probes: its full trainings are its curves
+            self.told_by = "verify"
 
     def _on_opened(self, event: Mapping[str, Any]) -> None:
         self._close_phase()
@@ -166,7 +179,7 @@ class Replay:
         job = event["job"]
         trial_id = str(job["trial"]["trial_id"])
         self._job(job["job_id"], trial_id, job["kind"], int(job["rung"]["rung"]))
-        if job["kind"] == "probe" and trial_id in self.trials:
+        if job["kind"] == self.told_by and trial_id in self.trials:
             self.trials[trial_id].pending = True
 
     def _job(self, job_id: str, trial_id: str, kind: str, rung: int) -> _Job:
@@ -193,7 +206,7 @@ class Replay:
         if not self.keep_curves and end.outcome in {"completed", "stopped"} and job.points:
             job.points = dict([max(job.points.items())])
         state = self.trials.get(end.trial_id)
-        if kind != "probe" or state is None:
+        if kind != self.told_by or state is None:
             return
         state.pending = False
         state.last_end, state.last_rung = end, rung
@@ -209,8 +222,26 @@ class Replay:
         verification = from_plain(Verification, event["verification"])
         self.verifications[verification.trial_id, verification.seed] = verification
 
+    def _on_race(self, event: Mapping[str, Any]) -> None:
+        found = from_plain(RaceLook, event["look"])
+        self.race[found.num_seeds] = found
+
+    def _on_proxy(self, event: Mapping[str, Any]) -> None:
+        self.proxies[str(event["trial_id"])] = from_plain(ProxyScore, event["proxy"])
+
+    def _on_front(self, event: Mapping[str, Any]) -> None:
+        found = from_plain(ParetoFront, event["front"])
+        self.fronts[found.rung] = found
+
     def _on_scores(self, event: Mapping[str, Any]) -> None:
         self.score_report = from_plain(ScoreReport, event["score_report"])
+
+    def _on_stop_audit(self, event: Mapping[str, Any]) -> None:
+        self.stop_audit = from_plain(StopAudit, event["stop_audit"])
+
+    def _on_rank_correlations(self, event: Mapping[str, Any]) -> None:
+        for pair in event["rank_correlations"]:
+            self.ranks[pair["lower"], pair["higher"]] = from_plain(RankCorrelation, pair)
 
     def _on_finished(self, event: Mapping[str, Any]) -> None:
         self.terminal = event
@@ -222,7 +253,7 @@ class Replay:
         """Everything known of one trial."""
         state = self.trials[trial_id]
         jobs = [self.jobs[job_id] for job_id in self.jobs_of.get(trial_id, ())]
-        probes = sorted((job for job in jobs if job.kind == "probe"), key=lambda job: job.rung)
+        probes = sorted((job for job in jobs if job.kind == self.told_by), key=lambda job: job.rung)
         end = state.last_end
         top = max((rung.rung for rung in self.rungs), default=0)
         if state.pending or end is None:
@@ -299,4 +330,9 @@ class Replay:
             environment=self.environment,
             started=self.started,
             finished=self.last_time,
+            race=tuple(self.race.values()),
+            fronts=tuple(self.fronts.values()),
+            proxies=dict(self.proxies),
+            stop_audit=self.stop_audit,
+            rank_correlations=tuple(self.ranks[pair] for pair in sorted(self.ranks)),
         )

@@ -58,10 +58,13 @@ class Shipped:
 
 def tracking_target(folder: Path | str) -> tuple[str, str]:
     """Tracking URI and experiment of a study, as its spec says or by default."""
-    spec = study_header(folder).get("spec", {})
+    header = study_header(folder)
+    spec = header.get("spec", {})
     tracking = spec.get("tracking", {})
     uri = tracking.get("uri") or default_uri(Path(folder).resolve().parent)
-    return uri, tracking.get("experiment") or f"llp/{spec.get('name', 'study')}"
+    batch = header.get("kind") == "batch"  # its spec is that of a run
+    name = header["study_id"] if batch else spec.get("name", "study")
+    return uri, tracking.get("experiment") or f"llp/{name}"
 
 
 def ship(

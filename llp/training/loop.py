@@ -4,6 +4,10 @@
 the end of an epoch and every `CHECK_EVERY` steps (to leave a diverged run early): losses and hits
 are summed on the device in float64.
 
+An optimizer may take several gradients a step (`optim.wrapper`), of one batch or of one batch each.
+`Progress.samples_seen` counts every example as often as a gradient was taken of it; only the first
+gradient of a step is taken at the weights themselves, and only it updates batch-norm statistics.
+
 Accumulating micro-batches (`Steps.micro_batch_divisor`) gives the gradient of the whole batch up to
 rounding; batch normalisation alone sees the smaller parts. Where a batch has two examples no part
 has fewer, because batch normalisation cannot be computed from one (`Batches` joins a last batch of
@@ -13,8 +17,9 @@ one example to the batch before it for the same reason; nothing is dropped).
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -23,9 +28,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
 
+from llp.optim.wrapper import batch_norms, gradients_per_step, statistics_frozen
+
 Batch: TypeAlias = tuple[Any, Any]
 Criterion: TypeAlias = Callable[[Any, Any], Tensor]
-SecondPass: TypeAlias = Callable[[Callable[[], None]], None]
 """`criterion(output, target)`: mean loss over the batch, a scalar."""
 
 CHECK_EVERY = 128
@@ -65,10 +71,11 @@ class Progress:
 
     Attributes:
         steps: Batches done.
-        num_examples: Examples in them.
+        num_examples: Examples in them, each counted once: those that loss and hits are summed over.
         loss: Sum over examples, float64 on the device.
         correct: Number of hits, float64 on the device.
         learning_rate: Of the last step (first parameter group).
+        samples_seen: Examples in all gradients taken.
     """
 
     loss: Tensor
@@ -76,6 +83,7 @@ class Progress:
     steps: int = 0
     num_examples: int = 0
     learning_rate: float = math.nan
+    samples_seen: int = 0
 
     @classmethod
     def start(cls, device: torch.device) -> Progress:
@@ -119,8 +127,6 @@ class Steps:
         gradient_clip: Largest global gradient norm; None leaves gradients alone.
         micro_batch_divisor: Parts a batch is split into, gradients accumulated.
         num_correct: Hits of a batch, for the accuracy.
-        second_pass: Called with a function that computes the batch's gradients again, between the
-            gradients and the step; see `optim.sam`.
     """
 
     model: nn.Module
@@ -132,7 +138,6 @@ class Steps:
     gradient_clip: float | None = None
     micro_batch_divisor: int = 1
     num_correct: Callable[[Any, Any], Tensor] = num_correct
-    second_pass: SecondPass | None = None
     peaks: list[float] = field(init=False)
     scaler: torch.amp.GradScaler | None = field(init=False, default=None)
 
@@ -155,7 +160,7 @@ def train_epoch(
     Args:
         steps: What a step is.
         batches: The epoch's batches, from number `progress.steps` on.
-        first_step: Number of steps of the job before this epoch, for the schedule.
+        first_step: Number of batches of the job before this epoch, for the schedule.
         progress: Where to go on within the epoch; default: at its start.
         after_step: Called after every step, for periodic snapshots.
 
@@ -163,23 +168,19 @@ def train_epoch(
         Diverged: The summed loss is no longer finite.
     """
     progress = progress if progress is not None else Progress.start(steps.device)
-    model, optimizer = steps.model, steps.optimizer
-    groups = optimizer.param_groups
-    parameters = [p for group in groups for p in group["params"]]
-    model.train()
-    for images, target in batches:
+    groups = steps.optimizer.param_groups
+    several, same_batch = gradients_per_step(steps.optimizer)
+    steps.model.train()
+    step = _Step(steps)
+    for together in _chunks(batches, 1 if same_batch else several):
         scale = steps.schedule(first_step + progress.steps)
         for group, peak in zip(groups, steps.peaks, strict=True):
             group["lr"] = peak * scale
-        optimizer.zero_grad(set_to_none=True)
-        _accumulate_gradients(steps, images, target, progress)
-        if steps.second_pass is not None:
-            steps.second_pass(lambda batch=(images, target): _gradients_again(steps, *batch))  # type: ignore[misc]
-        _apply_gradients(steps, parameters)
-        progress.steps += 1
-        progress.num_examples += len(target)
+        step(together * several if same_batch else together, progress, once=same_batch)
+        checks = progress.steps // CHECK_EVERY
+        progress.steps += len(together)
         progress.learning_rate = groups[0]["lr"]
-        if progress.steps % CHECK_EVERY == 0:
+        if progress.steps // CHECK_EVERY > checks:
             _require_finite(progress)
         if after_step is not None:
             after_step(progress)
@@ -234,42 +235,95 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return torch.autocast(device.type, dtype=dtype)
 
 
-def _accumulate_gradients(steps: Steps, images: Any, target: Any, progress: Progress) -> None:
-    size = len(target)
-    parts = min(steps.micro_batch_divisor, max(size // 2, 1))
-    pairs = (
-        [(images, target)]
-        if parts == 1
-        else list(zip(images.tensor_split(parts), target.tensor_split(parts), strict=True))
-    )
-    for part_images, part_target in pairs:
-        with autocast(steps.device, steps.precision):
-            output = steps.model(part_images)
-            loss = steps.criterion(output, part_target)
-        weighted = loss if parts == 1 else loss * (len(part_target) / size)
-        if steps.scaler is None:
-            weighted.backward()  # type: ignore[no-untyped-call]
-        else:
-            steps.scaler.scale(weighted).backward()  # type: ignore[no-untyped-call]
-        progress.loss.add_(loss.detach(), alpha=len(part_target))
-        progress.correct.add_(steps.num_correct(output.detach(), part_target))
+class _Step:
+    """Makes optimizer steps: gradients, their scaling and clipping, moves in between."""
+
+    def __init__(self, steps: Steps) -> None:
+        self.steps, self.optimizer, self.scaler = steps, steps.optimizer, steps.scaler
+        self._parameters = [p for group in steps.optimizer.param_groups for p in group["params"]]
+        self._batch_norms = batch_norms(steps.model)
+
+    def __call__(self, batches: Sequence[Batch], progress: Progress, *, once: bool) -> None:
+        """One step from the gradients of `batches`; with `once` they are all the same batch."""
+        if len(batches) == 1:
+            self._gradients(*batches[0], progress, counted=True)
+            self._apply()
+            return
+        optimizer: Any = self.optimizer
+        try:
+            for index, batch in enumerate(batches):
+                if index and not self._move():
+                    return  # a gradient overflowed: no step, as with a single gradient
+                with statistics_frozen(self._batch_norms if index else ()):
+                    self._gradients(*batch, progress, counted=index == 0 or not once)
+            self._apply()
+        finally:
+            optimizer.abandon()  # nothing happens after a step
+
+    def _gradients(self, images: Any, target: Any, progress: Progress, *, counted: bool) -> None:
+        """The gradients of one batch, in place of those before; loss and hits if it is counted."""
+        steps, size = self.steps, len(target)
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = min(steps.micro_batch_divisor, max(size // 2, 1))
+        pairs = (
+            [(images, target)]
+            if parts == 1
+            else list(zip(images.tensor_split(parts), target.tensor_split(parts), strict=True))
+        )
+        for part_images, part_target in pairs:
+            with autocast(steps.device, steps.precision):
+                output = steps.model(part_images)
+                loss = steps.criterion(output, part_target)
+            weighted = loss if parts == 1 else loss * (len(part_target) / size)
+            if self.scaler is None:
+                weighted.backward()  # type: ignore[no-untyped-call]
+            else:
+                self.scaler.scale(weighted).backward()  # type: ignore[no-untyped-call]
+            if counted:
+                progress.loss.add_(loss.detach(), alpha=len(part_target))
+                progress.correct.add_(steps.num_correct(output.detach(), part_target))
+        progress.samples_seen += size
+        if counted:
+            progress.num_examples += size
+
+    def _clip(self) -> None:
+        if self.steps.gradient_clip is not None:
+            nn.utils.clip_grad_norm_(self._parameters, self.steps.gradient_clip)
+
+    def _move(self) -> bool:
+        """Goes to where the next gradient is wanted; False when this one overflowed."""
+        optimizer: Any = self.optimizer
+        if self.scaler is None:
+            self._clip()
+            optimizer.move()
+            return True
+        self.scaler.unscale_(optimizer)
+        self._clip()
+        # The only public sign of an overflow is that the scale shrinks.
+        before = self.scaler.get_scale()
+        self.scaler.update()
+        if self.scaler.get_scale() < before:
+            return False
+        optimizer.move()
+        return True
+
+    def _apply(self) -> None:
+        if self.scaler is None:
+            self._clip()
+            self.optimizer.step()
+            return
+        if self.steps.gradient_clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            self._clip()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
 
 
-def _gradients_again(steps: Steps, images: Any, target: Any) -> None:
-    steps.optimizer.zero_grad(set_to_none=True)
-    _accumulate_gradients(steps, images, target, Progress.start(steps.device))
-
-
-def _apply_gradients(steps: Steps, parameters: list[Tensor]) -> None:
-    if steps.gradient_clip is not None:
-        if steps.scaler is not None:
-            steps.scaler.unscale_(steps.optimizer)
-        nn.utils.clip_grad_norm_(parameters, steps.gradient_clip)
-    if steps.scaler is None:
-        steps.optimizer.step()
-    else:
-        steps.scaler.step(steps.optimizer)
-        steps.scaler.update()
+def _chunks(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """Consecutive batches in lists of `size`; the last may be shorter."""
+    iterator = iter(batches)
+    while chunk := list(itertools.islice(iterator, size)):
+        yield chunk
 
 
 def _require_finite(progress: Progress) -> None:

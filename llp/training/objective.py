@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,14 @@ from torch.nn import functional
 from llp.errors import CheckpointError, EnvironmentProblem
 from llp.protocols import Report
 from llp.records import CheckpointRef, Job, JobEnd, Rung
-from llp.spec.schema import Spec
-from llp.training import checkpoint, jobs, schedules
+from llp.spec.schema import Spec, TrainingSpec
+from llp.training import callbacks, checkpoint, jobs, schedules
 from llp.training.check import check_batch
+from llp.training.full import full_rung
 from llp.training.recipe import Recipe
-from llp.workloads.batches import Batches
-from llp.workloads.images import ImageData
+from llp.workloads.batches import Batch, Batches, fixed_batches
+from llp.workloads.corruptions import corrupted_copies
+from llp.workloads.images import ImageData, Split
 from llp.workloads.subsets import nested_order
 
 CHECKPOINT_SECONDS = 30.0
@@ -117,6 +119,7 @@ class TrainingObjective(JobObjective):
         device: None: a GPU when `resources.gpus_per_trial` is above 0, else the CPU.
         threads: See `JobObjective`.
         checkpoint_seconds: See `JobObjective`.
+        read_test: False leaves the test split alone: a full training then ends without it.
     """
 
     def __init__(
@@ -128,10 +131,12 @@ class TrainingObjective(JobObjective):
         *,
         threads: int | None = None,
         checkpoint_seconds: float = CHECKPOINT_SECONDS,
+        read_test: bool = True,
     ) -> None:
         super().__init__(
             folder, device=device, threads=threads, checkpoint_seconds=checkpoint_seconds
         )
+        self.read_test = read_test
         self.spec = spec if isinstance(spec, Spec) else Spec.model_validate(spec)
         self.data = data
 
@@ -145,33 +150,43 @@ class TrainingObjective(JobObjective):
             include={
                 "seed": True,
                 "model": True,
-                "training": True,
+                "training": set(TrainingSpec.model_fields) - {"callbacks"},
                 "verification": {"epochs"},
-                "tier1": {"report_every", "data_fractions"},
+                "tier1": {"report_every", "data_fractions"}
+                | ({"warmup_fraction"} if self.spec.tier1.warmup_fraction is not None else set()),
             }
         )
-        return f"{self.data.digest} {spec}"
+        return f"{self.data.digest} {spec}{'' if self.read_test else ' without test'}"
 
     def rung(self, job: Job) -> Rung:
         """The budget of `job`: its own, or for a verification the full training's."""
         if job.kind == "probe":
             return job.rung
-        return Rung(
-            rung=len(self.spec.tier1.data_fractions) + 1,
-            data_fraction=1.0,
-            num_examples=len(self.data.train),
-            epochs=self.spec.verification.epochs or self.spec.training.epochs,
-        )
+        return full_rung(self.spec, len(self.data.train))
+
+    def _warmup(self, rung: Rung, recipe: Recipe) -> float:
+        """Share of the steps with warm-up: what tier 1 asks of probes shorter than a full training.
+
+        A short probe has few steps: a share that is enough for the full training leaves it one or
+        two, and large learning rates look worse than they are (`tests/benchmarks/rungs.py`).
+        """
+        full = full_rung(self.spec, len(self.data.train))
+        asked = self.spec.tier1.warmup_fraction
+        if asked is None or rung.samples_seen >= full.samples_seen:
+            return recipe.warmup_fraction
+        return max(asked, recipe.warmup_fraction)
 
     def prepare(self, job: Job, device: torch.device) -> jobs.Setup:
         """See `JobObjective.prepare`."""
-        data = self.data if job.kind == "verify" else self.data.without_test()
+        tests = job.kind == "verify" and self.read_test
+        data = self.data if tests else self.data.without_test()
         rung, recipe = self.rung(job), Recipe.of(self.spec, job.trial.hyperparameters)
         if not 1 <= rung.num_examples <= len(data.train):
             raise ValueError(
                 f"rung {rung.rung} needs {rung.num_examples} training images "
                 f"and there are {len(data.train)}"
             )
+        whole = job.kind == "verify" and rung.num_examples == len(data.train)
         model = recipe.build_model(
             channels=data.channels, image_size=data.image_size, num_classes=data.num_classes
         ).to(device)
@@ -182,7 +197,7 @@ class TrainingObjective(JobObjective):
             load_weights(model, job.start_from, folder=self.folder)
         train = Batches(
             data.train,
-            None if job.kind == "verify" else self._order()[: rung.num_examples],
+            None if whole else self._order()[: rung.num_examples],
             batch_size=recipe.batch_size,
             mean=data.mean,
             std=data.std,
@@ -205,17 +220,19 @@ class TrainingObjective(JobObjective):
         if key not in self._cache:
             self._cache = {k: v for k, v in self._cache.items() if k[0] != "validation"}
             self._cache[key] = evaluation(data.validation)
+        num_steps = rung.epochs * len(train)
+        averaging = recipe.build_averaging(model, num_steps=num_steps)
+        schedule = schedules.planned(
+            recipe.schedule, num_steps=num_steps, warmup_fraction=self._warmup(rung, recipe)
+        )
         return jobs.Setup(
             identity=self._identity(),
             rung=rung,
             model=model,
             optimizer=recipe.build_optimizer(model),
             criterion=partial(functional.cross_entropy, label_smoothing=recipe.label_smoothing),
-            schedule=schedules.planned(
-                recipe.schedule,
-                num_steps=rung.epochs * len(train),
-                warmup_fraction=recipe.warmup_fraction,
-            ),
+            schedule=averaging.schedule(schedule) if averaging else schedule,
+            averaging=averaging,
             train=train,
             validation=self._cache[key],
             test=None if data.test is None else partial(evaluation, data.test),
@@ -224,6 +241,39 @@ class TrainingObjective(JobObjective):
             gradient_clip=recipe.gradient_clip,
             compile=recipe.compile,
             report_every=self.spec.tier1.report_every,
+            class_names=data.class_names,
+            test_pixels=None if data.test is None else data.test.pixels,
+            corrupted=self._corrupted(data, evaluation) if job.kind == "verify" else (),
+            callbacks=callbacks.build(self.spec.training.callbacks, job.kind),
+            examples=partial(self._examples, rung.num_examples, device),
+            best_weights=self.spec.training.best_weights if job.kind == "verify" else "off",
+            reads_test=tests,
+        )
+
+    def _corrupted(
+        self, data: ImageData, evaluation: Callable[[Split], Batches]
+    ) -> tuple[Callable[[], Iterator[Batches]], ...]:
+        """Makers of the corrupted copies of validation and test, one copy at a time."""
+        if not self.spec.verification.corrupted or data.test is None:
+            return ()
+
+        def copies(split: Split) -> Iterator[Batches]:
+            for _, copy in corrupted_copies(split, seed=self.spec.seed):
+                yield evaluation(copy)
+
+        return tuple(partial(copies, split) for split in (data.validation, data.test))
+
+    def _examples(
+        self, limit: int, device: torch.device, count: int, batch_size: int
+    ) -> list[Batch]:
+        """The first `count` training examples of a job, unaugmented; at most `limit`."""
+        return fixed_batches(
+            self.data.train,
+            self._order()[: min(count, limit)],
+            batch_size,
+            mean=self.data.mean,
+            std=self.data.std,
+            device=device,
         )
 
     def _order(self) -> Any:

@@ -52,6 +52,7 @@ __all__ = [
 
 _MIN_VALIDATION = 1000
 _DIGITS_TEST_FRACTION = 0.2
+_LABEL_STREAM = 3
 
 
 def load(spec: DatasetSpec, seed: int) -> ImageData:
@@ -61,7 +62,9 @@ def load(spec: DatasetSpec, seed: int) -> ImageData:
     `spec.max_train_examples` the training split is cut to that many images, in proportion to the
     classes, and the validation split to the same ratio but not below 1,000 images (or all there
     are): fewer would make its accuracy too noisy, more would cost more than the training. The test
-    split is always the whole official one.
+    split is the whole official one, or as many of its images as `spec.max_test_examples` says, the
+    same ones for every seed. `spec.label_noise` of the training labels are replaced; validation and
+    test keep theirs.
 
     Args:
         spec: The `dataset` section of an experiment.
@@ -80,16 +83,20 @@ def load(spec: DatasetSpec, seed: int) -> ImageData:
     )
     limit = spec.max_train_examples
     if limit is not None and limit < len(indices):
-        if limit < len(names):
-            raise SpecError(
-                f"dataset.max_train_examples: {limit} is fewer than one image for each of the "
-                f"{len(names)} classes of {spec.name}"
-            )
+        _require_classes("max_train_examples", limit, spec, len(names))
         ratio = spec.validation_fraction / (1 - spec.validation_fraction)
         indices = _first(train.labels, indices, limit, seed)
-        kept = max(round(ratio * limit), _MIN_VALIDATION)
-        validation_indices = _first(train.labels, validation_indices, kept, seed)
-    splits = train.take(indices), train.take(validation_indices), test
+        size = max(round(ratio * limit), _MIN_VALIDATION)
+        validation_indices = _first(train.labels, validation_indices, size, seed)
+    kept = train.take(indices)
+    if spec.label_noise:
+        noisy = with_label_noise(kept.labels, spec.label_noise, len(names), seed=seed)
+        kept = Split(kept.images, frozen(noisy))
+    limit = spec.max_test_examples
+    if limit is not None and limit < len(test):
+        _require_classes("max_test_examples", limit, spec, len(names))
+        test = test.take(_first(test.labels, np.arange(len(test)), limit, seed=0))
+    splits = kept, train.take(validation_indices), test
     mean, std = channel_statistics(splits[0].images)
     return ImageData(
         name=spec.name,
@@ -102,6 +109,20 @@ def load(spec: DatasetSpec, seed: int) -> ImageData:
         source=raw.source,
         digest=digest(splits),
     )
+
+
+def with_label_noise(labels: Indices, share: float, num_classes: int, *, seed: int) -> Indices:
+    """`labels` with `round(share * N)` of them replaced by another class, each as likely.
+
+    The examples with a wrong label at one share are among those at a larger one.
+    """
+    rng = np.random.default_rng([seed, _LABEL_STREAM])
+    order = rng.permutation(len(labels))
+    others = (labels + rng.integers(1, num_classes, len(labels))) % num_classes
+    noisy = np.array(labels)
+    wrong = order[: round(share * len(labels))]
+    noisy[wrong] = others[wrong]
+    return noisy
 
 
 def digits(*, root: str | Path | None = None, download: bool = False) -> RawImages:
@@ -248,6 +269,14 @@ def _class_names(name: str, names: tuple[str, ...], train: Split, test: Split) -
             "at least two classes with two images each are needed, for training and validation"
         )
     return tuple(names) or tuple(str(label) for label in range(num_classes))
+
+
+def _require_classes(key: str, limit: int, spec: DatasetSpec, num_classes: int) -> None:
+    if limit < num_classes:
+        raise SpecError(
+            f"dataset.{key}: {limit} is fewer than one image for each of the "
+            f"{num_classes} classes of {spec.name}"
+        )
 
 
 def _first(labels: Indices, indices: Indices, count: int, seed: int) -> Indices:

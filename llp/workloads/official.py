@@ -19,6 +19,7 @@ from torchvision.datasets.utils import check_integrity
 
 from llp.errors import DataError
 from llp.workloads import parquet
+from llp.workloads.cifar_names import CIFAR_NAMES
 from llp.workloads.images import RawImages
 
 DEFAULT_ROOT = "data"
@@ -100,6 +101,11 @@ def _read(name: str, base: Path, *, download: bool) -> RawImages:
     )
 
 
+def standard_names(name: str) -> tuple[str, ...]:
+    """The classes of `cifar10`, `cifar100`, ... in label order, for files without names."""
+    return CIFAR_NAMES.get(name) or tuple(str(label) for label in _class(name).classes)
+
+
 def _folder(name: str) -> str:
     """The folder, relative to the data folder, that torchvision keeps dataset `name` in."""
     cls = _class(name)
@@ -171,7 +177,7 @@ def _from_files(
         )
     _check_official(name, raw, (channels, image_size, image_size), num_classes)
     has_names = len(raw.class_names) == num_classes
-    return raw if has_names else dataclasses.replace(raw, class_names=())
+    return raw if has_names else dataclasses.replace(raw, class_names=standard_names(name))
 
 
 def _missing(name: str, base: Path, files: Mapping[str, tuple[Path, ...]]) -> str:

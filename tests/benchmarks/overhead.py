@@ -365,6 +365,7 @@ def part_engine(spec: dict[str, Any]) -> dict[str, Any]:
     from llp.driver import Study
     from llp.spec import digest
     from llp.tracking.ledger import Ledger
+    from llp.training.model_cost import ModelCosts
     from llp.training.objective import TrainingObjective
 
     loaded, data, jobs = load_jobs(spec)
@@ -385,7 +386,8 @@ def part_engine(spec: dict[str, Any]) -> dict[str, Any]:
         ) as ledger,
     ):
         ray_up = time.monotonic()
-        source = Observed(pipeline.probes(loaded, Study(ledger)), len(jobs))
+        probes = pipeline.probes(loaded, Study(ledger), ModelCosts(loaded, data))
+        source = Observed(probes, len(jobs))
         run_jobs(
             source,
             Timed(TrainingObjective(loaded, data, folder, threads=1)),

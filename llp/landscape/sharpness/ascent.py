@@ -26,20 +26,35 @@ from llp.landscape.parameters import (
 )
 from llp.landscape.passes import (
     Batches,
+    BatchLosses,
     Estimate,
+    Gradient,
     LossFunction,
     batch_losses,
-    gradient,
+    value_and_gradient,
     weighted_standard_error,
 )
 
 
 def sam(
-    model: nn.Module, loss_fn: LossFunction, batches: Batches, *, rho: float = 0.05
+    model: nn.Module,
+    loss_fn: LossFunction,
+    batches: Batches,
+    *,
+    rho: float = 0.05,
+    known: Gradient | None = None,
 ) -> Estimate:
     """The rise of the loss one SAM step of length `rho` uphill; 0 where the gradient is 0.
 
     On a quadratic it is `rho |g| + rho^2 / 2 * g' H g / |g|^2`. Changes when layers are rescaled.
+
+    Args:
+        model: Left bit-identical.
+        loss_fn: A mean over the batch.
+        batches: Re-iterable of `(inputs, targets)`.
+        rho: Radius, > 0.
+        known: The gradient at these weights on these batches, where it was taken already; it is not
+            taken again then.
 
     Raises:
         ValueError: `rho` is not above 0.
@@ -50,7 +65,7 @@ def sam(
     >>> round(sam(model, nn.functional.mse_loss, data, rho=0.5).value, 4)
     2.25
     """
-    return _rise(model, loss_fn, batches, rho, lambda: None)
+    return _rise(model, loss_fn, batches, rho, lambda: None, known)
 
 
 def asam(
@@ -60,6 +75,7 @@ def asam(
     *,
     rho: float = 0.5,
     eta: float = 0.0,
+    known: Gradient | None = None,
 ) -> Estimate:
     """The rise of the loss one ASAM step uphill; unchanged by rescaling layers of a ReLU network.
 
@@ -69,13 +85,15 @@ def asam(
         batches: Re-iterable of `(inputs, targets)`.
         rho: Radius relative to the weights, > 0. Kwon et al. use 0.5 to 2, ten times SAM's.
         eta: Added to `|theta|`, >= 0. The optimizer's .01 breaks the invariance, so it is 0 here.
+        known: As in `sam`.
 
     Raises:
         ValueError: `rho` is not above 0 or `eta` is negative.
     """
     if eta < 0:
         raise ValueError(f"eta must not be negative, not {eta:g}")
-    return _rise(model, loss_fn, batches, rho, lambda: flatten(trainable(model)).abs().add_(eta))
+    scales = lambda: flatten(trainable(model)).abs().add_(eta)  # noqa: E731  read in eval mode
+    return _rise(model, loss_fn, batches, rho, scales, known)
 
 
 def _rise(
@@ -84,25 +102,43 @@ def _rise(
     batches: Batches,
     rho: float,
     scales: Callable[[], Tensor | None],
+    known: Gradient | None,
 ) -> Estimate:
     if not rho > 0:
         raise ValueError(f"rho must be above 0, not {rho:g}")
     started = time.perf_counter()
     with evaluation_state(model), exact_arithmetic(trainable(model)[0].device):
-        slope = gradient(model, loss_fn, batches)
-        step = _ascent(slope.total, rho, scales())
-        with perturbed(model, step):
-            moved = batch_losses(model, loss_fn, batches)
-    rises = moved.values - slope.losses.values
-    weights = moved.weights
+        rises = rises_uphill(model, loss_fn, batches, rho, scales(), known)
     return Estimate(
-        value=float(weights @ rises),
-        standard_error=weighted_standard_error(rises, weights),
-        num_examples=moved.num_examples,
-        num_gradients=1,
+        value=rises.mean,
+        standard_error=weighted_standard_error(rises.values, rises.weights),
+        num_examples=rises.num_examples,
+        num_gradients=1 if known is None else 0,
         num_forwards=1,
         seconds=time.perf_counter() - started,
     )
+
+
+def rises_uphill(
+    model: nn.Module,
+    loss_fn: LossFunction,
+    batches: Batches,
+    rho: float,
+    scales: Tensor | None,
+    known: Gradient | None = None,
+) -> BatchLosses:
+    """The rises of the batch losses one step uphill.
+
+    The step is SAM's without scales and ASAM's with `scales` `[P]`. The caller has put the model in
+    its evaluation state.
+    """
+    if known is None:
+        losses, slope = value_and_gradient(model, loss_fn, batches)
+    else:
+        losses, slope = known.losses, known.total
+    with perturbed(model, _ascent(slope, rho, scales)):
+        moved = batch_losses(model, loss_fn, batches)
+    return BatchLosses(moved.values - losses.values, moved.sizes)
 
 
 def _ascent(slope: Tensor, rho: float, scales: Tensor | None) -> Tensor:

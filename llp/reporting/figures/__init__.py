@@ -10,4 +10,6 @@
 - `importance`: hyperparameter importance by permutation
 - `flatness`: tier 2 against tier 1
 - `scores`: scores, contributions, ablation, verification
+- `training`, `confusion`, `calibration`: full trainings and what they say about the test images
+- `comparison`: several studies side by side
 """

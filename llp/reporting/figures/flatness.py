@@ -21,8 +21,8 @@ def flatness_data(result: SearchResult) -> pd.DataFrame:
     """One row a measurement.
 
     Columns: `trial_id`, `metric`, `value`, `standard_error`, `higher_is_better`, `num_examples`,
-    `seconds`, `note`, `rung` and `validation_accuracy` (of the trial's highest rung, whose
-    checkpoint was measured).
+    `seconds`, `samples` and `samples_alone` (cost with the others, and alone), `note`, `rung` and
+    `validation_accuracy` (of the trial's highest rung, whose checkpoint was measured).
     """
     rows = []
     for profile in result.profiles:
@@ -39,13 +39,16 @@ def flatness_data(result: SearchResult) -> pd.DataFrame:
                     "higher_is_better": m.higher_is_better,
                     "num_examples": m.num_examples,
                     "seconds": m.seconds,
+                    "samples": m.samples,
+                    "samples_alone": m.samples_alone,
                     "note": m.note,
                     "rung": rung,
                     "validation_accuracy": point.validation_accuracy if point else math.nan,
                 }
             )
     columns = ["trial_id", "metric", "value", "standard_error", "higher_is_better"]
-    columns += ["num_examples", "seconds", "note", "rung", "validation_accuracy"]
+    columns += ["num_examples", "seconds", "samples", "samples_alone"]
+    columns += ["note", "rung", "validation_accuracy"]
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -53,7 +56,8 @@ def flatness_summary(data: pd.DataFrame) -> pd.DataFrame:
     """One row a metric.
 
     Columns: `metric`, `num_trials` measured, `failed`, `tau` with validation accuracy and its 90 %
-    interval `low`, `high`, median `relative_error`, and total `seconds`.
+    interval `low`, `high`, median `relative_error`, and total `seconds`, `samples` and
+    `samples_alone`.
     """
     rows = []
     for metric, here in data.groupby("metric", sort=False):
@@ -74,9 +78,12 @@ def flatness_summary(data: pd.DataFrame) -> pd.DataFrame:
                 "high": high,
                 "relative_error": float(pd.Series(relative).median()) if relative else math.nan,
                 "seconds": float(here["seconds"].sum()),
+                "samples": float(here["samples"].astype(float).sum(min_count=1)),
+                "samples_alone": float(here["samples_alone"].astype(float).sum(min_count=1)),
             }
         )
     columns = ["metric", "num_trials", "failed", "tau", "low", "high", "relative_error", "seconds"]
+    columns += ["samples", "samples_alone"]
     return pd.DataFrame(rows, columns=columns)
 
 
