@@ -13,8 +13,9 @@ All contenders take turns in one process, one short burst of steps each per roun
 order every round. A ratio is that of the lower quartiles over rounds, which a machine that is
 disturbed now and then leaves alone; the lowest and highest ratio within one round say how disturbed
 it was. On the CPU the cost is the CPU time of the process with one thread; on a GPU it is the time
-between two events on its stream, and *launches* is how many kernels a step takes. An average takes
-the weights in at every step, which is what EMA does and SWA never does.
+between two events on its stream, *launches* is how many kernels a step takes, and *waits* how often
+the host waits for the GPU within one, both by the profiler; no step of ours may wait. An average
+takes the weights in at every step, which is what EMA does and SWA never does.
 
 *Agreement*: how far the weights of ours and the library's are apart after five steps from the same
 network on the same batch, by the distance travelled: in float64 on the CPU with 16 images, where it
@@ -51,6 +52,11 @@ LIBRARY, TORCH = " (pytorch_optimizer)", " (torch AveragedModel)"
 PEERS = {f"sam{LIBRARY}": "sam", f"asam{LIBRARY}": "asam", f"muon{LIBRARY}": "muon"}
 PEER_BAR = 1.02
 AGREEMENT_BAR, AGREEMENT_BATCH = 1e-6, 16
+WAITS = (
+    *("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"),
+    *("cudaMemcpy", "cuStreamSynchronize", "cuCtxSynchronize", "cuEventSynchronize"),
+)
+"""Calls in which the host waits for the GPU; `item()` and a copy to the host end in one of them."""
 BASES = {"talt on adamw": "adamw", "sam on adamw": "adamw"}  # the others: sgd
 
 
@@ -94,6 +100,10 @@ def bars(figures: dict[str, Any]) -> list[Bar]:
         if peer in costs:
             share = costs[own]["ratio"] / costs[peer]["ratio"]
             found.append(Bar(f"step of {own} by that of {peer}", share, PEER_BAR))
+    if figures["device"] != "cpu":
+        own = [n for n in costs if n not in PEERS and n != f"ema{TORCH}"]
+        waits = max(costs[name]["syncs"] for name in own)
+        found.append(Bar("host waits for the GPU, per step, at most", waits, 0.0))
     for own, distance in figures["agreement"].items():
         found.append(Bar(f"{own}: distance from the library's", distance, AGREEMENT_BAR))
     return found
@@ -103,13 +113,17 @@ def show(figures: dict[str, Any]) -> None:
     """Prints what was measured."""
     on_gpu = figures["device"] != "cpu"
     header = ["", "ms", "by its base", "lowest", "highest"]
-    header += ["launches", "memory MB"] if on_gpu else []
+    header += ["launches", "waits", "memory MB"] if on_gpu else []
     rows = []
     for name, cost in figures["costs"].items():
         row = [name, f"{1e3 * cost['seconds']:.2f}"]
         row += [f"{cost[key]:.3f}" for key in ("ratio", "lowest", "highest")]
         if on_gpu:
-            row += [str(cost["launches"]), f"{cost['peak_bytes'] / 1e6:.1f}"]
+            row += [
+                str(cost["launches"]),
+                f"{cost['syncs']:.2f}",
+                f"{cost['peak_bytes'] / 1e6:.1f}",
+            ]
         rows.append(row)
     title = (
         f"A step of {figures['model']} with {BATCH} images on {figures['hardware']}, "
@@ -337,7 +351,24 @@ class Contender:
         launches = sum(
             event.count for event in watched.key_averages() if "LaunchKernel" in event.key
         )
-        return {"launches": round(launches / count), "peak_bytes": peak}
+        return {
+            "launches": round(launches / count),
+            "syncs": (self._syncs(2 * count) - self._syncs(count)) / count,
+            "peak_bytes": peak,
+        }
+
+    def _syncs(self, count: int) -> int:
+        """How often the host waits for the GPU in `count` steps, by the profiler.
+
+        An epoch reads its mean loss once, at its end: that goes out in a difference of two counts.
+        """
+        import torch
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as watched:
+            self.run(count)
+            torch.cuda.synchronize()
+        return sum(event.count for event in watched.key_averages() if event.key in WAITS)
 
     def memory(self) -> dict[str, float]:
         """What TALT keeps, absolutely and by parameters and base state."""

@@ -34,6 +34,8 @@ from harness import Bar
 RESOLUTION = 25
 COARSE = 11
 NUM_HELD_OUT = 16
+PEER_RESOLUTION = 11
+"""Of loss-landscapes on a GPU, where the time for a point is what is compared."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -239,17 +241,30 @@ def measure_gpu(
                 "how": found.strategy,
                 "centre_is_base": bool(found.loss[middle, middle] == found.base_loss),
             }
+        try:
+            import loss_landscapes  # noqa: F401
+        except ImportError:
+            continue
+        wait()
+        started = clock()
+        _peer(model, inputs[:count], targets[:count], steps=PEER_RESOLUTION)
+        wait()
+        rows[f"{count} examples, loss-landscapes"] = {
+            "seconds": clock() - started,
+            "num_points": PEER_RESOLUTION**2,
+            "how": "one batch, point by point",
+        }
     return {"device": torch.cuda.get_device_name() if on_gpu else "CPU", "rows": rows}
 
 
-def _peer(model: Any, inputs: Any, targets: Any) -> Any:
+def _peer(model: Any, inputs: Any, targets: Any, steps: int = RESOLUTION) -> Any:
     import loss_landscapes
     from loss_landscapes.metrics import Loss
 
     _, nn = _torch()
     twin = copy.deepcopy(model).eval()
     metric = Loss(nn.functional.cross_entropy, inputs, targets)
-    return loss_landscapes.random_plane(twin, metric, steps=RESOLUTION, normalization="filter")
+    return loss_landscapes.random_plane(twin, metric, steps=steps, normalization="filter")
 
 
 def _difference(model: Any, loss_fn: Any, batches: Any, plane: Any, exact: Any) -> float:
