@@ -127,6 +127,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "simulate_command": BASE | {"simulation", "probing", "shell"},
     "full_forecast": BASE | {"probing"},
     "curve_commands": BASE | {"curve_files", "probing", "shell"},
+    "__main__": {"cli"},
     "cli": BASE
     | {
         "spec",
