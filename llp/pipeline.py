@@ -95,6 +95,7 @@ class Plan:
         samples_tier2: About, by the refinements and the gradient equivalents of the metrics.
         samples_verification: By all full trainings of the verification.
         samples_full_search: By training every configuration once with the full recipe.
+        left_out: Metrics of tier 2 that do not fit into its budget, after a probe on the top rung.
     """
 
     rungs: tuple[Rung, ...]
@@ -108,6 +109,7 @@ class Plan:
     samples_tier2: int
     samples_verification: int
     samples_full_search: int
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,7 @@ def plan(spec: Spec, data: ImageData | None = None) -> Plan:
     seeds = asked.max_seeds if asked.race else asked.num_seeds
     verified = min(asked.top_k, scheduler.num_trials) * seeds
     verification_epochs = spec.verification.epochs or spec.training.epochs
+    measured = plan_measurement(spec.tier2, rungs[-1])
     return Plan(
         rungs=rungs,
         jobs_per_rung=dict(sorted(jobs.items())),
@@ -164,9 +167,10 @@ def plan(spec: Spec, data: ImageData | None = None) -> Plan:
         num_test=len(data.test) if data.test is not None else 0,
         num_classes=data.num_classes,
         samples_tier1=sum(n * rungs[rung - 1].samples_seen for rung, n in jobs.items()),
-        samples_tier2=spec.tier2.top_k * plan_measurement(spec.tier2, rungs[-1]).samples,
+        samples_tier2=spec.tier2.top_k * measured.samples,
         samples_verification=verified * verification_epochs * len(data.train),
         samples_full_search=scheduler.num_trials * spec.training.epochs * len(data.train),
+        left_out=measured.left_out if spec.tier2.top_k else (),
     )
 
 

@@ -137,6 +137,9 @@ def show_plan(plan: Plan, spec: Spec, out: Console, report: CheckReport | None =
             f"{formats.plural(plan.num_trials, 'configuration')} fully",
         ),
     ]
+    if plan.left_out:
+        hint = f"left out, as even the least of it is over tier2.budget: {', '.join(plan.left_out)}"
+        facts.insert(2, ("", hint))
     if share >= 100:
         hint = "this search saves nothing: try more configurations or verify fewer"
         facts += [("", hint)]

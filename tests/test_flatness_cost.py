@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from io import StringIO
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from make_study import make_events
+from rich.console import Console
 from test_flatness_profile import images, network, plain_context, run, spec, study
 from torch.nn import functional
 
@@ -23,12 +25,14 @@ from llp.flatness.budget import (
 from llp.flatness.metrics import GAINS
 from llp.flatness.profile import FlatnessObjective, measure
 from llp.landscape.parameters import flatten, trainable
+from llp.pipeline import Plan
 from llp.records import FlatnessProfile, Measurement, Rung
 from llp.reporting.figures.flatness import flatness_data, flatness_summary
 from llp.reporting.html import study_page
 from llp.scoring.report import score_report
 from llp.spec.schema import Tier2Spec
 from llp.tracking.replay import result_from_events
+from llp.views import show_plan
 from tests.scoring_tables import result
 
 ROWS = [row for row in registry.METRICS if row not in GAINS]
@@ -145,21 +149,83 @@ def test_confidence_features_agree_with_plain_numpy(images: Any) -> None:
     assert 0 < found["calibration_error"].standard_error < 0.2
 
 
-@pytest.mark.parametrize("samples", [2_000, 20_000, 200_000, 2_000_000])
-def test_a_budget_keeps_the_prediction_within_its_share_and_uses_what_it_may(samples: int) -> None:
+@pytest.mark.parametrize("samples", [100, 1_500, 2_000, 20_000, 200_000, 2_000_000])
+@pytest.mark.parametrize("refinements", [[], ["swa_gain", "sam_gain"]])
+def test_a_budget_keeps_the_prediction_within_its_share_and_uses_what_it_may(
+    samples: int, refinements: list[str]
+) -> None:
     rung = Rung(1, 1.0, samples // 20, 20)
-    options = Tier2Spec(refinements=[])
+    options = Tier2Spec(refinements=refinements)
     planned = plan_measurement(options, rung)
     chosen = planned.options
+    assert planned.samples <= planned.allowed == 0.2 * rung.samples_seen
     assert chosen.num_examples <= min(1024, rung.num_examples)
-    if planned.samples > planned.allowed:
-        assert (chosen.num_examples, chosen.num_probes, chosen.num_draws) == (MIN_EXAMPLES, 2, 2)
-        assert "over the budget" in planned.note
-    elif chosen.num_examples < min(1024, rung.num_examples):
+    if (
+        not planned.left_out
+        and not refinements
+        and chosen.num_examples < min(1024, rung.num_examples)
+    ):
         assert planned.samples + gradient_equivalents(chosen) > planned.allowed - 1
     if chosen.num_probes > 2:
         assert chosen.num_examples >= min(ENOUGH_EXAMPLES, rung.num_examples)
     assert f"{chosen.num_examples} examples" in planned.note
+    kept = [*chosen.metrics, *chosen.refinements]
+    asked = [*options.metrics, *options.refinements]
+    assert sorted([*kept, *planned.left_out]) == sorted(asked)
+    assert all(name in planned.note for name in planned.left_out)
+
+
+def test_what_does_not_fit_even_at_its_least_is_left_out_and_nothing_that_fits() -> None:
+    evidence = Tier2Spec(
+        metrics=["sam_sharpness", "gradient_norm", "noise_sigma", "hessian_trace"], refinements=[]
+    )
+    short = Rung(1, 0.1, 125, 12)  # 1,500 samples: 11.7 gradients over 32 examples are 25 %
+    planned = plan_measurement(evidence, short)
+    assert planned.left_out == ("noise_sigma",), "16/3 gradients of them"
+    assert planned.options.num_examples > MIN_EXAMPLES, "the others have what it left"
+    assert plan_measurement(evidence, Rung(1, 0.1, 160, 12)).left_out == ()
+    told = StringIO()
+    spec_ = spec(**evidence.model_dump())
+    plan = Plan((short,), {1: 4}, 4, 125, 50, 50, 10, 0, 0, 0, 1, planned.left_out)
+    show_plan(plan, spec_, Console(file=told, width=100))
+    assert "over tier2.budget: noise_sigma" in " ".join(told.getvalue().split())
+    nothing = plan_measurement(evidence, Rung(1, 0.1, 10, 1))
+    assert nothing.options.metrics == []
+    assert nothing.samples == 0
+
+
+@pytest.mark.parametrize("budget", [0.02, 0.1, 0.2, 0.5])
+def test_what_is_spent_keeps_to_the_budget_whatever_a_metric_takes(
+    budget: float, images: Any, study: Any
+) -> None:
+    folder, job = study
+    job = dataclasses.replace(job, rung=dataclasses.replace(job.rung, epochs=10))
+    options = spec(budget=budget, refinements=[], metrics=ROWS, num_examples=200)
+    profile, end = run(FlatnessObjective(options, images, folder), job)
+    assert end.outcome == "completed", end.failure
+    assert profile is not None
+    # The levels that noise_sigma tries are not known beforehand: one of two pairs at most.
+    assert end.samples_seen <= budget * job.rung.samples_seen + 4 / 3 * profile_examples(profile)
+    done = {measurement.name.removesuffix("_1") for measurement in profile.measurements}
+    for name in ROWS:
+        known = name.replace("eigenvalues", "eigenvalue") in done
+        assert known or name in profile.note, name
+
+
+def profile_examples(profile: FlatnessProfile) -> int:
+    return max((m.num_examples for m in profile.measurements), default=0)
+
+
+def test_a_metric_is_not_begun_when_the_others_left_too_little(images: Any) -> None:
+    context = plain_context(network(images), images)
+    context.allowed = 10.9  # the trace takes 9, a gradient 1, a pass a third
+    rows = ["hessian_trace", "noise_sigma", "gradient_norm", "sam_sharpness"]
+    profile = measure(context, rows, trial_id="t0")
+    assert [m.name for m in profile.measurements] == [
+        "hessian_trace", "gradient_norm", "sam_sharpness",
+    ]  # fmt: skip
+    assert profile.note.endswith("too little of the budget: noise_sigma")
+    assert context.spent.gradient_equivalents <= 10.9
 
 
 def test_the_measured_cost_is_near_the_prediction_and_the_profile_says_what_was_chosen(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import html
 import io
 import json
+import math
 import re
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from PIL import Image
 
 from llp.reporting.figures import paths, spectra, surfaces, tracking
 from llp.reporting.landscape_page import read_results, write_landscape
+from llp.reporting.landscape_sections import _confidence_reading
 from llp.reporting.svg import drawing
 
 EVIL = "<script>document.title='pwned'</script></script><img src=x onerror=x>\" ' {{7*7}} \u202e"
@@ -330,3 +333,20 @@ def test_a_page_of_almost_nothing_can_be_written(tmp_path: Path) -> None:
     path = write_landscape(bare, {}, tmp_path)
     assert path is not None
     assert re.findall(r'<section id="(\w+)"', path.read_text()) == ["verdict", "reproduce"]
+
+
+@pytest.mark.parametrize(
+    ("gap", "said"),
+    [
+        (math.nan, "Some outputs of the network are not finite, so how sure it is cannot be told."),
+        (0.05, "on average the network is too sure"),
+        (-0.05, "on average the network is not sure enough"),
+        (0.0, "on average the network is as sure as it is right"),
+    ],
+)
+def test_the_confidence_gap_is_read_also_where_there_is_none(gap: float, said: str) -> None:
+    values = {"confidence/confidence_gap": gap, "confidence/accuracy": 0.5}
+    reading = _confidence_reading(SimpleNamespace(number=lambda key: values.get(key, math.nan)))
+    assert said in reading
+    assert "accuracy" in reading
+    assert "nan" not in reading

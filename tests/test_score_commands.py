@@ -234,8 +234,24 @@ def test_nothing_usable_gives_nothing_to_verify(files):
     table.to_parquet(files / "table.parquet")
     done = run("score", files / "table.parquet", "--roles", files / "roles.yaml")
     assert done.exit_code == 0, done.output
-    assert "No trial has a usable validation result" in done.output
+    assert "No trial has a usable validation result (validation_accuracy is" in done.output
+    assert "rank last" not in done.output
     assert "Verify" not in done.output
+    table = table.drop(columns="result").assign(result=np.nan)
+    table.to_parquet(files / "table.parquet")
+    done = run("score", files / "table.parquet", "--roles", files / "roles.yaml")
+    assert "so their order means nothing, and none is proposed" in done.output
+
+
+def test_text_among_the_numbers_is_named_with_file_column_row_and_value(files):
+    table = pd.read_parquet(files / "table.parquet").reset_index(drop=True)
+    table["validation_accuracy"] = table["validation_accuracy"].astype(object)
+    table.loc[4, "validation_accuracy"] = "diverged"
+    table.to_csv(files / "text.csv", index=False)
+    done = run("score", files / "text.csv", "--roles", files / "roles.yaml")
+    assert done.exit_code == 2
+    for named in ("text.csv", "'validation_accuracy'", "'diverged'", "row 5,", "leave it empty"):
+        assert named in done.output
 
 
 @pytest.mark.parametrize("command", ["score", "calibrate"])

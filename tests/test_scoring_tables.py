@@ -26,6 +26,7 @@ COLUMNS = (
     "missing",
     "wild",
     "mixed",
+    "broken",
 )
 
 
@@ -43,6 +44,10 @@ def column(kind, num, rng):
         "missing": lambda: np.where(rng.random(num) < 0.6, np.nan, rng.normal(size=num)),
         "wild": lambda: rng.choice([np.inf, -np.inf, np.nan, 1e300, -1e300, 0.0, 1.0], num),
         "mixed": lambda: np.array(
+            [[None, "NA", 1, "2.5", "", True, np.nan][k] for k in rng.integers(0, 7, num)] + [None],
+            dtype=object,
+        )[:num],
+        "broken": lambda: np.array(
             [[None, "a", 1, 2.5, [1], True, np.nan][k] for k in rng.integers(0, 7, num)] + [None],
             dtype=object,
         )[:num],
@@ -78,16 +83,17 @@ def tables(draw):
     return pd.DataFrame(table, index=index), Roles.from_mapping(roles)
 
 
-def no_number(values):
-    """Whether there are values and `float` takes none of them."""
+def refused(values):
+    """Whether a value is there that is no number and does not say that it is missing."""
 
-    def number(value):
+    def wrong(value):
         try:
-            return not math.isnan(float(value))
+            float(value)
         except (TypeError, ValueError):
-            return False
+            return str(value) not in ("NA", "")
+        return False
 
-    return values.notna().any() and not any(number(value) for value in values)
+    return any(wrong(value) for value in values[values.notna()])
 
 
 @settings(
@@ -96,9 +102,9 @@ def no_number(values):
 @given(tables())
 def test_any_table_is_scored_without_a_crash_a_nan_or_invented_certainty(drawn):
     table, roles = drawn
-    if any(no_number(table[name]) for name in [*roles.tier1, *roles.tier2, roles.target]):
+    if any(refused(table[name]) for name in [*roles.tier1, *roles.tier2, roles.target]):
         for use in (score, calibrate):
-            with pytest.raises(SpecError, match="has no number, but"):
+            with pytest.raises(SpecError, match="which is no number"):
                 use(table, roles=roles)
         return
     scores = score(table, roles=roles)
@@ -269,8 +275,13 @@ def test_roles_may_be_plain_data():
 def test_text_where_numbers_are_needed_is_refused_and_numbers_as_text_are_not(column, role):
     table = simulate(0, rows=20, finished=14)
     roles = Roles.from_table(table)
-    with pytest.raises(SpecError, match=f"'{column}' .{role}. has no number, but 'good'"):
-        score(table.assign(**{column: "good"}), roles=roles)
+    for rows, first in ((slice(None), "1 .'t000'"), (slice(7, 9), "8 .'t007'")):
+        mixed = table.astype({column: object})
+        mixed.iloc[rows, mixed.columns.get_loc(column)] = "good"
+        wrong = f"'{column}' .{role}. has 'good' in row {first}., which is no number"
+        for use in (score, calibrate):
+            with pytest.raises(SpecError, match=wrong):
+                use(mixed, roles=roles)
     text = table[column].map(repr)
     scored = score(table.assign(**{column: text}), roles=roles).table["score"]
     assert scored.to_dict() == score(table, roles=roles).table["score"].to_dict()

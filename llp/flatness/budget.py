@@ -4,13 +4,15 @@ The cost of measuring one trial is held to `tier2.budget` (0.2) times the sample
 probe saw. What gives way, in this order: the epochs of the refinements, down to 1, while they take
 more than half; probe vectors and pairs of noise draws, down to 2, and then the eigenvalues, down to
 1, as long as fewer than `ENOUGH_EXAMPLES` would be measured on; then the examples, down to
-`MIN_EXAMPLES`. A metric that was asked for is never left out: where the least of everything is
-still over the budget, the plan says so.
+`MIN_EXAMPLES`. Where the least of everything is still over the budget, the dearest metric or
+refinement is left out and named, until the rest fits. While it is measured (`profile.measure`), a
+metric that no longer fits into what the others have left is not begun.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llp.flatness.context import FORWARD, GRADIENT_ROWS
@@ -26,8 +28,8 @@ NUM_BATCHES = 8
 """Standard errors over batches have 7 degrees of freedom then."""
 SIGMA_LEVELS = 4
 """Levels that the search for `noise_sigma` takes, about."""
-PRODUCTS_PER_EIGENVALUE = 6
-"""Of Lanczos, about."""
+PRODUCTS, PRODUCTS_PER_EIGENVALUE = 6, 4
+"""Of Lanczos, about: those that confirm and begin, and those of each eigenvalue."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +41,56 @@ class MeasurementPlan:
         samples: About what it costs, in training examples.
         allowed: What it may cost; infinite without a budget.
         note: What was chosen, in words; empty without a budget.
+        left_out: Metrics and refinements that were asked for and do not fit.
     """
 
     options: Tier2Spec
     samples: int
     allowed: float
     note: str
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def gradients(self) -> float:
+        """Gradients over the measured examples that all metrics together may take."""
+        refined = self.samples - gradient_equivalents(self.options) * self.options.num_examples
+        return (self.allowed - max(0.0, refined)) / self.options.num_examples
 
 
 def plan_measurement(options: Tier2Spec, rung: Rung) -> MeasurementPlan:
-    """The plan for measuring a trial whose highest probe was on `rung`."""
+    """The plan for measuring a trial whose highest probe was on `rung`.
+
+    >>> plan_measurement(Tier2Spec(refinements=[]), Rung(1, 0.1, 100, 15)).left_out
+    ('hessian_eigenvalues', 'noise_sigma')
+    """
+    left_out: tuple[str, ...] = ()
+    while True:
+        planned = _plan(options, rung, left_out)
+        if planned.samples <= planned.allowed:
+            return planned
+        dearest = _dearest(planned.options, rung)
+        left_out = (*left_out, dearest)
+        options = _without(options, dearest)
+
+
+def _without(options: Tier2Spec, name: str) -> Tier2Spec:
+    return options.model_copy(
+        update={
+            "metrics": [other for other in options.metrics if other != name],
+            "refinements": [other for other in options.refinements if other != name],
+        }
+    )
+
+
+def _dearest(options: Tier2Spec, rung: Rung) -> str:
+    """What saves most when it is left out; the last of equals."""
+    names = [*options.metrics, *options.refinements][::-1]
+    return min(
+        names, key=lambda name: _samples(_without(options, name), options.num_examples, rung)
+    )
+
+
+def _plan(options: Tier2Spec, rung: Rung, left_out: tuple[str, ...]) -> MeasurementPlan:
     most = min(options.num_examples, rung.num_examples)
     if options.budget == 0:
         chosen = options.model_copy(update={"num_examples": most})
@@ -97,9 +139,9 @@ def plan_measurement(options: Tier2Spec, rung: Rung) -> MeasurementPlan:
     if options.refinements:
         note += f", refinements of {epochs} epoch{'s' * (epochs != 1)}"
     note += f"; predicted cost {100 * samples / rung.samples_seen:.1f} %"
-    if samples > allowed:
-        note += ", over the budget: the least that these metrics take"
-    return MeasurementPlan(chosen, samples, allowed, note)
+    if left_out:
+        note += f"; left out, as even the least of it is over the budget: {', '.join(left_out)}"
+    return MeasurementPlan(chosen, samples, allowed, note, left_out)
 
 
 def _samples(options: Tier2Spec, num_examples: int, rung: Rung) -> int:
@@ -110,6 +152,15 @@ def _samples(options: Tier2Spec, num_examples: int, rung: Rung) -> int:
 
 def _refined_in_an_epoch(options: Tier2Spec, rung: Rung) -> int:
     return sum(GAINS.get(name, 1) for name in options.refinements) * rung.num_examples
+
+
+def gradients_of_rest(options: Tier2Spec, begun: Sequence[str], rest: Sequence[str]) -> float:
+    """About what the metrics of `rest` add to those of `begun`, in gradients."""
+
+    def cost(names: Sequence[str]) -> float:
+        return gradient_equivalents(options.model_copy(update={"metrics": list(names)}))
+
+    return cost([*begun, *rest]) - cost(begun)
 
 
 def gradient_equivalents(options: Tier2Spec) -> float:
@@ -135,7 +186,7 @@ def gradient_equivalents(options: Tier2Spec) -> float:
     if metrics & {"hessian_trace", "adaptive_trace"}:
         total += 2.0 * options.num_probes
     if "hessian_eigenvalues" in metrics:
-        total += 2.0 * PRODUCTS_PER_EIGENVALUE * options.num_eigenvalues
+        total += 2.0 * (PRODUCTS + PRODUCTS_PER_EIGENVALUE * options.num_eigenvalues)
     return total + len(metrics - _KNOWN)
 
 

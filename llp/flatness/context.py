@@ -14,6 +14,7 @@ and what the metrics would have cost had each computed all that it uses by itsel
 from __future__ import annotations
 
 import contextlib
+import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -82,6 +83,8 @@ class MetricContext:
         spent: Cost so far.
         wanted: The metrics that will run, so that one pass is made for all of them.
         note: What the budget chose, in words; empty without one.
+        allowed: Gradients over the measured examples that the metrics may take.
+        to_come: What those that have not begun will take of it, about.
     """
 
     model: nn.Module
@@ -93,6 +96,13 @@ class MetricContext:
     spent: Spent = field(default_factory=lambda: Spent())
     wanted: Sequence[str] = ()
     note: str = ""
+    allowed: float = math.inf
+    to_come: float = 0.0
+
+    @property
+    def left(self) -> float:
+        """Gradients that the metric at work may take."""
+        return self.allowed - self.spent.gradient_equivalents - self.to_come
 
     @cached_property
     def num_examples(self) -> int:

@@ -29,6 +29,9 @@ SIGMA_START = 0.2
 GAINS = {"swa_gain": 1, "sam_gain": 2, "entropy_sgd_gain": 1}
 """Refinements, and how many gradients each takes of an example in an epoch."""
 
+GRAPH = 1.0
+"""Gradients that the graph of the Hessian costs."""
+
 EIGENVALUE_TOLERANCE = 0.01
 """Relative residual asked for; the confirmation that follows brings it near 1e-5 anyway."""
 
@@ -104,13 +107,19 @@ def gradient_norm(context: MetricContext) -> list[Measurement]:
 def hessian_eigenvalues(context: MetricContext) -> list[Measurement]:
     """The `num_eigenvalues` largest by magnitude, with their signs; residuals in the notes.
 
-    A series `hessian_eigenvalue_1`, ...; the standard error over examples is not known (NaN).
+    A series `hessian_eigenvalue_1`, ...; the standard error over examples is not known (NaN). With
+    a budget Lanczos ends where that does, and the note says whether it had converged.
     """
+    num = context.options.num_eigenvalues
+    most = max(100, 20 * num)
+    if math.isfinite(context.left):
+        most = min(most, max(num, int((context.left - GRAPH) / 2)))
     with context.counted_hessian() as op:
         pairs = landscape.top_eigenpairs(
             op,
-            k=context.options.num_eigenvalues,
+            k=num,
             tolerance=EIGENVALUE_TOLERANCE,
+            max_products=most,
             generator=context.generator("hessian_eigenvalues"),
         )
     state = "" if pairs.converged else ", not converged"

@@ -31,9 +31,9 @@ from torch.nn import functional
 
 from llp import registry
 from llp.errors import EnvironmentProblem
-from llp.flatness.budget import plan_measurement
+from llp.flatness.budget import gradients_of_rest, plan_measurement
 from llp.flatness.context import MetricContext, Spent
-from llp.flatness.metrics import measured_names
+from llp.flatness.metrics import GAINS, measured_names
 from llp.landscape import evaluation_state
 from llp.protocols import Report
 from llp.records import FlatnessProfile, Job, JobEnd, Measurement, Outcome
@@ -56,6 +56,9 @@ def measure(
 ) -> FlatnessProfile:
     """Every metric of `metrics` (rows of `registry.METRICS`) on the network in `context`.
 
+    A metric whose cost does not fit into `context.allowed` any more is not begun, and the note of
+    the profile names it.
+
     Args:
         context: What is measured, and where its cost is added up.
         metrics: In the order in which they run.
@@ -71,7 +74,16 @@ def measure(
     functions = {name: registry.load("metrics", name) for name in metrics}
     context.wanted = tuple(metrics)
     measurements: list[Measurement] = []
-    for name, function in functions.items():
+    did: list[str] = []
+    left_out: list[str] = []
+    for number, (name, function) in enumerate(functions.items()):
+        rest = list(functions)[number + 1 :]
+        own = gradients_of_rest(context.options, did, [name])
+        if name not in GAINS and context.spent.gradient_equivalents + own > context.allowed + 1e-9:
+            left_out.append(name)
+            continue
+        did.append(name)
+        context.to_come = gradients_of_rest(context.options, did, rest)
         begun, before = time.perf_counter(), dataclasses.replace(context.spent)
         try:
             with evaluation_state(context.model):
@@ -87,8 +99,14 @@ def measure(
         seconds=time.perf_counter() - started,
         device=device,
         samples=float(context.spent.samples_seen(context.num_examples)),
-        note=context.note,
+        note="; ".join(filter(None, [context.note, _not_begun(left_out)])),
     )
+
+
+def _not_begun(names: Sequence[str]) -> str:
+    if not names:
+        return ""
+    return f"not begun, as the others left too little of the budget: {', '.join(names)}"
 
 
 class MeasuringObjective(ABC):
@@ -149,7 +167,7 @@ class MeasuringObjective(ABC):
             context = self._context(job, device)
             profile = measure(
                 context,
-                [*self.options.metrics, *self.options.refinements],
+                [*context.options.metrics, *context.options.refinements],
                 trial_id=job.trial.trial_id,
                 device=jobs.device_name(device),
                 memory_must_do=job.micro_batch_divisor == 1,
@@ -195,6 +213,7 @@ class MeasuringObjective(ABC):
             batches=self.fixed(planned.options.num_examples, batch_size, device),
             options=planned.options,
             note=planned.note,
+            allowed=planned.gradients,
             seed=self.seed,
             fresh=fresh,
             loss_fn=self.loss_fn,

@@ -6,6 +6,7 @@ Those about planes, lines and paths are in `landscape_planes`.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -256,6 +257,26 @@ def _rank_reading(data: pd.DataFrame, measure: str, what: str) -> str:
     )
 
 
+def _confidence_reading(found: Found) -> str:
+    """Calibration in words; outputs that are no numbers have none."""
+    names = ("calibration_error", "calibration_error_standard_error", "confidence_gap")
+    error, spread, gap = (found.number(f"confidence/{name}") for name in names)
+    accuracy = formats.percent(found.number("confidence/accuracy"), 1)
+    if not math.isfinite(gap):
+        return (
+            f"Some outputs of the network are not finite, so how sure it is cannot be told. Its "
+            f"accuracy is {accuracy}."
+        )
+    way = "too sure" if gap > 0 else "not sure enough" if gap < 0 else "as sure as it is right"
+    return (
+        f"Expected calibration error {formats.percent(error, 2)} ± {formats.percent(spread, 2)}: "
+        f"on average the network is {way}, with a mean confidence of "
+        f"{formats.percent(found.number('confidence/mean_confidence'), 1)} at an accuracy of "
+        f"{accuracy}. Mean entropy {formats.number(found.number('confidence/mean_entropy'), 3)} "
+        "nats."
+    )
+
+
 def confidence_section(found: Found) -> Section | None:
     """Confidence against accuracy, bin by bin."""
     if not found.parts("confidence"):
@@ -271,10 +292,6 @@ def confidence_section(found: Found) -> Section | None:
             "accuracy": found.arrays["confidence/bin_accuracy"],
         }
     )[counts > 0]
-    error = found.number("confidence/calibration_error")
-    spread = found.number("confidence/calibration_error_standard_error")
-    gap = found.number("confidence/confidence_gap")
-    tendency = "too sure" if gap > 0 else "not sure enough"
     return Section(
         "confidence",
         "Confidence",
@@ -283,11 +300,7 @@ def confidence_section(found: Found) -> Section | None:
             Exhibit(
                 key="confidence",
                 title="",
-                reading=f"Expected calibration error {formats.percent(error, 2)} ± "
-                f"{formats.percent(spread, 2)}: on average the network is {tendency}, with a mean "
-                f"confidence of {formats.percent(found.number('confidence/mean_confidence'), 1)} "
-                f"at an accuracy of {formats.percent(found.number('confidence/accuracy'), 1)}. "
-                f"Mean entropy {formats.number(found.number('confidence/mean_entropy'), 3)} nats.",
+                reading=_confidence_reading(found),
                 data=(
                     Data(
                         "",

@@ -57,6 +57,10 @@ BOOKKEEPING = (
 """Columns of our own study tables that are neither hyperparameters nor signals."""
 
 
+MISSING = frozenset({"", "nan", "na", "n/a", "none", "null", "<na>", "nat", "-"})
+"""Text that counts as a missing value."""
+
+
 @dataclass(frozen=True)
 class Roles:
     """Which column plays which part.
@@ -259,7 +263,7 @@ class Roles:
 
         Raises:
             SpecError: A named column is missing (the message names the nearest) or has two roles;
-                or a signal, metric or target has values, none of which is a number.
+                or a signal, metric or target has a value that is no number; names row and value.
         """
         columns = [str(name) for name in table.columns]
         for role, name in self._named():
@@ -269,14 +273,24 @@ class Roles:
                 raise SpecError(f"the column {name!r} occurs {columns.count(name)} times")
             if role in ("tier1", "tier2", "target"):
                 values = table.iloc[:, columns.index(name)]
-                text = values[values.notna()]
-                if len(text) and np.isnan(numbers(text)).all():
-                    raise SpecError(
-                        f"the column {name!r} ({role}) has no number, but {text.iloc[0]!r}"
-                    )
+                for row in np.flatnonzero(values.notna() & np.isnan(numbers(values))):
+                    value = values.iloc[row]
+                    if str(value).strip().lower() not in MISSING:
+                        place = _row(table, int(row))
+                        raise SpecError(
+                            f"the column {name!r} ({role}) has {value!r} in {place}, which is no "
+                            "number; leave it empty where there is none"
+                        )
         if found := self.conflicts():
             raise SpecError(found)
         _ = self.primary
+
+
+def _row(table: pd.DataFrame, row: int) -> str:
+    """Row number `row`, counted from 1, with its label where the table has labels."""
+    if isinstance(table.index, pd.RangeIndex):
+        return f"row {row + 1}"
+    return f"row {row + 1} ({table.index[row]!r})"
 
 
 def family(column: str) -> Family:

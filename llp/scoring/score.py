@@ -265,14 +265,16 @@ def score(
             f" {placed} trial{'s' * (not one)} without {roles.primary} {'is' if one else 'are'} "
             f"placed by {'its' if one else 'their'} other signals, with a wider interval."
         )
-    if gaps := sum(_gaps(study) for study in studies):
+    blind = [bool(np.isnan(study.primary).all()) for study in studies]
+    gaps = sum(_gaps(study) for study, nothing in zip(studies, blind, strict=True) if not nothing)
+    if gaps:
         one = gaps == 1
         sentence += (
             f" {gaps} trial{'s' * (not one)} without {roles.primary} but with other signals "
             f"{'counts' if one else 'count'} as diverged and rank{'s' * one} last."
         )
-    if all(np.isnan(study.primary).all() for study in studies):
-        sentence += " No trial has a usable validation result, so their order means nothing."
+    if all(blind):
+        sentence += _no_result(formula, roles.primary)
     calibration = formula.model.calibration if formula.model is not None else None
     return Scores(
         table=frame,
@@ -312,6 +314,18 @@ def verification_set(scores: Scores, probability: float = 0.8) -> tuple[Hashable
     taken = int(np.searchsorted(np.cumsum(chances[order]), probability - 1e-9)) + 1
     chosen = np.sort(order[:taken])
     return tuple(scores.table.index[i] for i in chosen)
+
+
+def _no_result(formula: _Formula, primary: str) -> str:
+    """What a ranking without a single primary signal is worth."""
+    learnt = formula.model is not None and formula.model.calibration.hyperparameters_enter
+    worth = "means nothing"
+    if learnt:
+        worth = "is only what hyperparameters and results of finished trials say"
+    return (
+        f" No trial has a usable validation result ({primary} is missing in all of them), so their "
+        f"order {worth}, and none is proposed for verification."
+    )
 
 
 def _gaps(study: Study) -> int:
