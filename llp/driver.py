@@ -20,6 +20,7 @@ from llp.probing.rung_correlation import is_due, rank_correlations
 from llp.probing.rung_scale import on_lowest_rung
 from llp.probing.search_stopping import SearchPlan, SearchRule
 from llp.probing.state import SearchState, probe_id
+from llp.probing.ties import TieAtCut, settle
 from llp.probing.verdicts import StopPolicy
 from llp.protocols import Report, StopRule
 from llp.records import (
@@ -35,6 +36,7 @@ from llp.records import (
     Rung,
     SearchResult,
     StopDecision,
+    TieBreak,
     Trial,
     from_plain,
     to_plain,
@@ -141,6 +143,22 @@ def full_training_seeds(seed: int, count: int) -> list[int]:
     return [derived_seed(seed, 2, number) for number in range(count)]
 
 
+TieValues = Callable[
+    [Sequence[FlatnessProfile], Mapping[str, CurvePoint], Mapping[str, float], float],
+    Mapping[str, float],
+]
+"""Profiles, last points, weights and largest training accuracy -> value of each tied trial."""
+
+
+def _no_values(
+    profiles: Sequence[FlatnessProfile],
+    points: Mapping[str, CurvePoint],
+    weights: Mapping[str, float],
+    best: float,
+) -> Mapping[str, float]:
+    return {}
+
+
 def _no_costs(hyperparameters: Mapping[str, HyperparameterValue]) -> Mapping[str, float]:
     return {}
 
@@ -162,6 +180,8 @@ class ProbeSource:
         report_every: Epochs between two points of a job.
         num_kept: Trials that go on from the highest rung, to tier 2 and verification.
         model_costs: Size of the network of a configuration, for searchers that ask for it.
+        tie_break: What ties at promotions are settled by; None: not at all.
+        tie_values: The calibrated contribution of tier 2 of tied trials.
     """
 
     study: Study
@@ -176,6 +196,8 @@ class ProbeSource:
     report_every: int = 1
     num_kept: int = 1
     model_costs: Callable[[Mapping[str, HyperparameterValue]], Mapping[str, float]] = _no_costs
+    tie_break: TieBreak | None = None
+    tie_values: TieValues = _no_values
 
     def __post_init__(self) -> None:
         self._policy = StopPolicy(self.stop_rules, self.search_rules, self.audit_share, self.seed)
@@ -183,6 +205,7 @@ class ProbeSource:
             self.rungs, self.scheduler.num_trials, self.report_every, self.scheduler.max_failures
         )
         self._live = self._whole = False
+        self._measuring: dict[tuple[int, int], ListedSource] = {}
         self._replayed = SearchState()
         self.study.listen(self._follow_searcher)
         self._live = True
@@ -238,17 +261,25 @@ class ProbeSource:
     def next_job(self) -> Job | Literal["wait", "done"]:
         """The next probe, decided and recorded."""
         state = self.study.state
+        busy = bool(state.running) or any(one.running for one in self._measuring.values())
         if self._hopeless():
-            return WAIT if state.running else DONE
+            return WAIT if busy else DONE
         self._end_search()
         if state.ended is not None:
-            return WAIT if state.running else DONE
+            return WAIT if busy else DONE
         if not self._whole:  # later steps are written whole by this process
             left_over = self._half_written()
             if left_over is not None:
                 return left_over
             self._whole = True
         step = self.scheduler.next_step(state)
+        while isinstance(step, TieAtCut):
+            measuring = self._measure_tie(step)
+            if measuring is not None:
+                return measuring
+            step = self.scheduler.next_step(state)
+        if step == DONE and busy:
+            return WAIT
         if step in (WAIT, DONE):
             return step
         if isinstance(step, NewTrial):
@@ -258,6 +289,47 @@ class ProbeSource:
         job = self._job(state.trials[step.trial_id], step.rung)
         self.study.record_all([("decision", {"decision": step}), ("job", {"job": job})])
         return job
+
+    def _measure_tie(self, tie: TieAtCut) -> Job | Literal["wait"] | None:
+        """The next measurement of a tie; None once it is settled and recorded."""
+        assert self.tie_break is not None
+        state, at = self.study.state, (tie.bracket, tie.rung)
+        names = [place[3] for place in tie.tied]
+        if at not in self._measuring:
+            jobs = [self._tie_job(state.trials[name], tie.rung) for name in names]
+            self._measuring[at] = ListedSource(
+                self.study, jobs, max_failures=self.scheduler.max_failures, record_as="tie_profile"
+            )
+        job = self._measuring[at].next_job()
+        if job != DONE:
+            return job
+        known = [(name, tie.rung) for name in names]
+        values = self.tie_values(
+            [state.tie_profiles[key] for key in known if key in state.tie_profiles],
+            {name: state.curve(name, rung).points[-1] for name, rung in known},
+            self.tie_break.weights,
+            self._best_fit(tie.rung),
+        )
+        self.study.record("tie", choice=settle(tie, values))
+        return None
+
+    def _tie_job(self, trial: Trial, rung: int) -> Job:
+        assert self.tie_break is not None
+        return Job(
+            job_id=f"{trial.trial_id}-t{rung}",
+            kind="measure",
+            trial=trial,
+            rung=self.rungs[rung - 1],
+            seed=trial.seed,
+            start_from=self.study.state.ends[trial.trial_id, rung].checkpoint,
+            metrics=self.tie_break.metrics,
+        )
+
+    def _best_fit(self, rung: int) -> float:
+        """The largest training accuracy at the end of a rung."""
+        state = self.study.state
+        ends = [state.curve(name, rung).points[-1] for name in state.completed.get(rung, ())]
+        return max((p.train_accuracy for p in ends if not math.isnan(p.train_accuracy)), default=0)
 
     def _start(
         self, bracket: int, decision: Decision, before: list[tuple[str, Mapping[str, Any]]]
@@ -324,6 +396,8 @@ class ProbeSource:
         Of the points that a resumed job repeats only the last is asked about again: a kill may have
         come between it and the verdict.
         """
+        if job.kind == "measure":
+            return self._measuring[job.trial.bracket, job.rung.rung].on_report(job, report)
         if isinstance(report, Observation):
             record_observation(self.study, report)
             return None
@@ -363,7 +437,10 @@ class ProbeSource:
         return min(1.0, kept / sizes[rung])
 
     def on_end(self, job: Job, end: JobEnd) -> None:
-        """Records how a probe ended."""
+        """Records how a probe, or a measurement of a tie, ended."""
+        if job.kind == "measure":
+            self._measuring[job.trial.bracket, job.rung.rung].on_end(job, end)
+            return
         record_end(self.study, job, end)
         if job.job_id in self.study.state.audits:
             self.study.record("stop_audit", stop_audit=self._policy.audit(self.study.state))
@@ -404,10 +481,19 @@ class ListedSource:
         study: Where everything is recorded; jobs that ended there already are not run again.
         jobs: In the order in which they start.
         max_failures: Retries of each.
+        record_as: Name of the line that a profile becomes.
     """
 
-    def __init__(self, study: Study, jobs: Sequence[Job], *, max_failures: int = 2) -> None:
+    def __init__(
+        self,
+        study: Study,
+        jobs: Sequence[Job],
+        *,
+        max_failures: int = 2,
+        record_as: Literal["profile", "tie_profile"] = "profile",
+    ) -> None:
         self.study = study
+        self._record_as = record_as
         self._max_failures = max_failures
         self._failures = {job.job_id: 0 for job in jobs}
         self._memory_failures = {job.job_id: 0 for job in jobs}
@@ -432,6 +518,11 @@ class ListedSource:
             self._failures[end.job_id] > self._max_failures or self._memory_failures[end.job_id] > 1
         )
 
+    @property
+    def running(self) -> int:
+        """Jobs that have begun and not ended."""
+        return len(self._running)
+
     def next_job(self) -> Job | Literal["wait", "done"]:
         """The next job of the list."""
         if not self._todo:
@@ -454,7 +545,8 @@ class ListedSource:
         elif isinstance(report, Observation):
             record_observation(self.study, report)
         elif isinstance(report, FlatnessProfile):
-            self.study.record("profile", profile=report)
+            at = {"rung": job.rung.rung} if self._record_as == "tie_profile" else {}
+            self.study.record(self._record_as, **at, profile=report)
         else:
             self.study.record("verification", job_id=job.job_id, verification=report)
         return None

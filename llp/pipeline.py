@@ -8,6 +8,7 @@ study's ledger (`tracking.ledger`), and what is returned is read from there.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import os
 import shutil
@@ -43,6 +44,7 @@ from llp.scoring.report import score_report
 from llp.scoring.score import score
 from llp.scoring.table import study_table
 from llp.scoring.targets import judged
+from llp.scoring.tie_break import tie_values
 from llp.spec import (
     Spec,
     check_ladder,
@@ -53,6 +55,7 @@ from llp.spec import (
     to_yaml,
 )
 from llp.surroundings import describe_environment, interruptible
+from llp.tie_break import make_tie_break, recorded_tie_break
 from llp.tracking.files import write_atomic
 from llp.tracking.ledger import Ledger, check_same_spec, has_study, load_study, study_header
 from llp.tracking.ledger import find_study as find_in_root
@@ -149,6 +152,7 @@ def plan(spec: Spec, data: ImageData | None = None) -> Plan:
     make_rules(spec, "stop_rules")
     make_rules(spec, "search_rules")
     warm_start(spec)
+    make_tie_break(spec)
     jobs: dict[int, int] = {}
     for sizes in scheduler.sizes():
         for rung, size in sizes.items():
@@ -425,9 +429,13 @@ def probes(
     """Tier 1: configurations on nested data fractions."""
     header = study.header
     rungs = ladder(spec.tier1.data_fractions, spec.rung_epochs(), int(header["num_train"]))
+    tie_break = recorded_tie_break(spec, study)
+    scheduler = make_scheduler(spec)
+    if tie_break is not None and tie_break.used:
+        scheduler = dataclasses.replace(scheduler, tie_images=int(header["num_validation"]))
     return ProbeSource(
         study,
-        scheduler=make_scheduler(spec),
+        scheduler=scheduler,
         searcher=make_searcher(spec, warm_start(spec, study), proxy),
         rungs=rungs,
         stop_rules=make_rules(spec, "stop_rules"),
@@ -438,6 +446,8 @@ def probes(
         report_every=spec.tier1.report_every,
         num_kept=num_kept(spec),
         model_costs=costs,
+        tie_break=tie_break,
+        tie_values=tie_values,
     )
 
 

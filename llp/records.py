@@ -12,14 +12,13 @@ Only these records cross a process boundary; tensors stay in the worker and weig
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import math
-import types
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
+
+from llp.plain import from_plain as from_plain
+from llp.plain import to_plain as to_plain
 
 HyperparameterValue = bool | int | float | str
 JobKind = Literal["probe", "measure", "verify"]
@@ -135,6 +134,7 @@ class Job:
         start_from: Checkpoint whose weights the job starts from (warm promotion, measure).
         micro_batch_divisor: Batches are split into this many accumulated parts (out-of-memory
             retry); the result is the same up to rounding and batch statistics.
+        metrics: What a `measure` job measures; empty: all that the experiment names.
     """
 
     job_id: str
@@ -145,6 +145,7 @@ class Job:
     attempt: int = 0
     start_from: CheckpointRef | None = None
     micro_batch_divisor: int = 1
+    metrics: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -436,6 +437,53 @@ class RankCorrelation:
 
 
 @dataclass(frozen=True)
+class TieBreak:
+    """Whether tier 2 breaks ties at promotions, and by what; fixed when tier 1 begins.
+
+    Attributes:
+        used: Whether calibration has earned it.
+        reason: Why, or why not, with the numbers.
+        weights: Tier-2 metric -> calibrated weight of its normal score, higher is better.
+        metrics: Rows of `llp list metrics` that measure them.
+    """
+
+    used: bool
+    reason: str
+    weights: Mapping[str, float] = field(default_factory=dict)
+    metrics: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TieChoice:
+    """One cut whose sides could not be told apart by the rung's metric, as tier 2 settled it.
+
+    Attributes:
+        bracket: Number of the bracket.
+        rung: The rung whose trials are promoted.
+        tied: Trials within the standard error of a difference at the cut, best by the metric first.
+        accuracies: Their validation accuracies.
+        values: Their tie-break values; 0 for those that could not be measured.
+        kept: Those of them that go on.
+        usual: Those that would go on by the metric alone.
+        standard_error: Of the difference in accuracy between the two sides of the cut.
+    """
+
+    bracket: int
+    rung: int
+    tied: tuple[str, ...]
+    accuracies: Mapping[str, float]
+    values: Mapping[str, float]
+    kept: tuple[str, ...]
+    usual: tuple[str, ...]
+    standard_error: float
+
+    @property
+    def passed_over(self) -> tuple[str, ...]:
+        """The tied trials that do not go on."""
+        return tuple(name for name in self.tied if name not in self.kept)
+
+
+@dataclass(frozen=True)
 class ProxyScore:
     """What a training-free proxy said of a configuration.
 
@@ -605,6 +653,8 @@ class SearchResult:
         fronts: Pareto fronts, with several objectives; at a rung, then of the full trainings.
         stop_audit: How often early stops were wrong; None where none was audited.
         rank_correlations: How rungs ordered the trials they share, for pairs that share any.
+        tie_break: Whether tier 2 broke ties at promotions; None where it was not asked for.
+        tie_choices: The cuts that it settled, in order.
     """
 
     study_id: str
@@ -628,66 +678,5 @@ class SearchResult:
     proxies: Mapping[str, ProxyScore] = field(default_factory=dict)
     stop_audit: StopAudit | None = None
     rank_correlations: tuple[RankCorrelation, ...] = ()
-
-
-Record = TypeVar("Record")
-
-
-def to_plain(value: Any) -> Any:
-    """`value` as JSON-safe data: dataclasses become dicts, non-finite floats become None.
-
-    >>> to_plain(Interval(0.0, float("inf")))
-    {'low': 0.0, 'high': None, 'level': 0.9}
-    """
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): to_plain(item) for key, item in value.items()}
-    if isinstance(value, str | bool | int) or value is None:
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Sequence | set | frozenset):
-        return [to_plain(item) for item in value]
-    if hasattr(value, "item"):  # numpy scalars
-        return to_plain(value.item())
-    raise TypeError(f"{type(value).__name__} cannot be written to the ledger: {value!r}")
-
-
-def from_plain(cls: type[Record], data: Mapping[str, Any]) -> Record:
-    """The record of type `cls` that `to_plain` turned into `data`; None floats become NaN.
-
-    Raises:
-        KeyError: A field without a default is missing.
-    """
-    hints = _hints(cls)  # type: ignore[arg-type]
-    values = {}
-    for f in dataclasses.fields(cls):  # type: ignore[arg-type]
-        if f.name in data:
-            values[f.name] = _decode(hints[f.name], data[f.name])
-        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            raise KeyError(f"{cls.__name__}.{f.name} is missing")
-    return cls(**values)
-
-
-@functools.cache
-def _hints(cls: type[Any]) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
-
-
-def _decode(hint: Any, value: Any) -> Any:
-    if hint is float:
-        return math.nan if value is None else float(value)
-    if dataclasses.is_dataclass(hint):
-        return from_plain(hint, value)  # type: ignore[arg-type]
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        concrete = [a for a in arguments if a is not type(None)]
-        return _decode(concrete[0], value) if len(concrete) == 1 else value
-    if origin is tuple:
-        return tuple(_decode(arguments[0], item) for item in value)
-    if origin is not None and isinstance(value, Mapping):
-        return {key: _decode(arguments[1], item) for key, item in value.items()}
-    return value
+    tie_break: TieBreak | None = None
+    tie_choices: tuple[TieChoice, ...] = ()

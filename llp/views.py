@@ -196,6 +196,7 @@ def show_studies(studies: Iterable[StudySummary], out: Console) -> None:
 
 def show_summary(result: SearchResult, folder: Path, out: Console) -> None:
     """The answer: winner, how sure, what it cost, and where to look and go next."""
+    from llp.reporting.tie_exhibit import tie_sentence
     from llp.tracking import links
 
     cost = result.cost
@@ -211,6 +212,8 @@ def show_summary(result: SearchResult, folder: Path, out: Console) -> None:
         facts += list(zip(labels, _how_sure(result), strict=False))
     if result.score_report and result.score_report.sentence:
         facts += [("tier 2", result.score_report.sentence)]
+    if ties := tie_sentence(result):
+        facts += [("ties", ties)]
     times = ""
     if spent > cost.full_search > 0:
         times = f" (this search took {spent / cost.full_search:.1f} times MORE)"

@@ -12,7 +12,8 @@ PACKAGE = ROOT / "llp"
 
 BASE = {"records", "protocols", "errors", "registry"}
 MAY_IMPORT: dict[str, set[str]] = {
-    "records": set(),
+    "records": {"plain"},
+    "plain": set(),
     "errors": set(),
     "protocols": {"records"},
     "registry": {"errors"},
@@ -46,6 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "earlier_trials": BASE | {"spec", "tracking"},
     "meta_start": BASE | {"earlier_trials", "probing", "spec", "tracking"},
     "warm_start": BASE | {"driver", "earlier_trials", "meta_start", "spec"},
+    "tie_break": BASE | {"driver", "flatness", "scoring", "spec"},
     "verification": BASE | {"driver", "scoring", "spec", "training"},
     "worker": BASE | {"spec", "workloads", "training", "flatness"},
     "pipeline": BASE
@@ -62,6 +64,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "reporting",
         "driver",
         "surroundings",
+        "tie_break",
         "verification",
         "warm_start",
         "objectives",
@@ -153,6 +156,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 HEAVY = {"torch", "torchvision", "ray", "mlflow", "optuna", "sklearn", "pandas", "scipy"}
 FORBIDDEN_OUTSIDE: dict[str, set[str]] = {
     "records": HEAVY | {"numpy"},
+    "plain": HEAVY | {"numpy"},
     "protocols": HEAVY | {"numpy"},
     "errors": HEAVY | {"numpy"},
     "registry": HEAVY | {"numpy"},

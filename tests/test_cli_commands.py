@@ -85,6 +85,7 @@ def street(place, monkeypatch):
         samples_tier2=0,
         samples_verification=38400,
         samples_full_search=115200,
+        left_out=(),
     )
     pipeline = ModuleType("llp.pipeline")
 

@@ -206,7 +206,11 @@ class MeasuringObjective(ABC):
             return self.training.prepare(probe, device)
 
         setup = fresh()
-        planned = plan_measurement(self.options, setup.rung)
+        options = self.options
+        if job.metrics:
+            update = {"metrics": list(job.metrics), "refinements": []}
+            options = options.model_copy(update=update)
+        planned = plan_measurement(options, setup.rung)
         batch_size = max(1, planned.options.batch_size // job.micro_batch_divisor)
         return MetricContext(
             model=setup.model.float(),

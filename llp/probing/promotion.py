@@ -25,8 +25,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llp.probing.budgets import Bracket, fill_brackets, hyperband_brackets, rung_sizes
-from llp.probing.standings import Standings
+from llp.probing.standings import Place, Standings
 from llp.probing.state import SearchState
+from llp.probing.ties import TieAtCut, clear, tie_at_cut
 from llp.records import Decision
 
 
@@ -41,7 +42,7 @@ class NewTrial:
 
 WAIT: Literal["wait"] = "wait"
 DONE: Literal["done"] = "done"
-Step = NewTrial | Decision | Literal["wait", "done"]
+Step = NewTrial | Decision | TieAtCut | Literal["wait", "done"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ class Scheduler:
         costs: Cost of a job on each rung, in any unit; by default the top rung's is 1 and every
             rung below takes 1/eta of the one above.
         warm: Whether a promoted trial goes on from the weights of the rung below.
+        tie_images: Validation images; above 0, ties at a cut are settled first (file `ties`), and
+            until a rung is complete only trials that no tie can reach go on from it.
 
     Raises:
         ValueError: A number is out of range, or there is not one cost for each rung.
@@ -69,6 +72,7 @@ class Scheduler:
     eager: bool = False
     costs: tuple[float, ...] = ()
     warm: bool = False
+    tie_images: int = 0
 
     def __post_init__(self) -> None:
         if self.num_trials < 1 or self.num_rungs < 1 or self.reduction_factor < 2:
@@ -150,7 +154,7 @@ class Scheduler:
 
     def _promotion(
         self, state: SearchState, *, eager: bool, brackets: int | None = None
-    ) -> Decision | None:
+    ) -> Decision | TieAtCut | None:
         """The promotion to make now, if any: of the first bracket, highest rung, best trial.
 
         Only the first `brackets` are looked at, by default all.
@@ -166,31 +170,60 @@ class Scheduler:
 
     def _within(
         self, standings: Standings, number: int, sizes: dict[int, int], *, eager: bool
-    ) -> Decision | None:
+    ) -> Decision | TieAtCut | None:
         """The promotion to make in one bracket.
 
         `to_come` counts the results that a rung may still get; a trial is certain to be among the
         best when it would be with all of them ahead of it.
         """
-        found: Decision | None = None
+        found: Decision | TieAtCut | None = None
         rungs = sorted(sizes)
         to_come = sizes[rungs[0]] - standings.rung(number, rungs[0]).num_over
         for rung in rungs[:-1]:
             here, above = standings.rung(number, rung), standings.rung(number, rung + 1)
             quota = here.num_over // self.reduction_factor if eager else sizes[rung + 1]
             if here.waiting and (eager or above.num_promoted < quota):
-                best = here.waiting[0]
-                position = here.place(best)
-                certain = not eager and to_come == 0
-                if certain or position + (0 if eager else to_come) <= quota:
-                    reason = _reason(position, here.num_over, rung, quota)
-                    found = Decision("promote", best[3], rung + 1, reason)
+                best = self._next(standings, number, rung, quota, to_come)
+                if isinstance(best, TieAtCut):
+                    found = best
+                elif best is not None:
+                    position = here.place(best)
+                    certain = not eager and to_come == 0
+                    if certain or position + (0 if eager else to_come) <= quota:
+                        reason = _reason(position, here.num_over, rung, quota)
+                        if self.tie_images and position > quota:
+                            reason += "; tied at the cut, and ahead by tier 2"
+                        found = Decision("promote", best[3], rung + 1, reason)
             to_come = min(
                 max(sizes[rung + 1], above.num_promoted),
                 above.num_promoted + len(here.waiting) + to_come,
             )
             to_come -= above.num_over
         return found
+
+    def _next(
+        self, standings: Standings, number: int, rung: int, quota: int, to_come: int
+    ) -> Place | TieAtCut | None:
+        """The trial that goes on next, or a tie to settle first; None: no one before more is known.
+
+        A trial goes on from an incomplete rung only if it is clear of the best that may be passed
+        over in the end, which is at least the one at place `quota + 1 - to_come` now.
+        """
+        here = standings.rung(number, rung)
+        best = here.waiting[0]
+        if not self.tie_images:
+            return best
+        if to_come > 0:
+            rival = quota - to_come
+            if 0 <= rival < len(here.ranked) and here.place(best) <= rival:
+                return best if clear(best, here.ranked[rival], self.tie_images) else None
+            return best
+        settled = standings.ties.get((number, rung))
+        if settled is None:
+            tie = tie_at_cut(here.ranked, quota, self.tie_images, bracket=number, rung=rung)
+            return tie or best
+        out = settled.passed_over
+        return next((place for place in here.waiting if place[3] not in out), None)
 
 
 def _reason(position: int, num_over: int, rung: int, quota: int) -> str:
@@ -238,7 +271,7 @@ class Median(Scheduler):
         *,
         eager: bool,
         brackets: int | None = None,
-    ) -> Decision | None:
+    ) -> Decision | TieAtCut | None:
         standings = state.standings(self.max_failures)
         passed = standings.passed_median
         while passed and (

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from llp.records import Trial
+from llp.records import TieChoice, Trial
 
 if TYPE_CHECKING:
     from llp.probing.state import SearchState
@@ -87,6 +87,11 @@ class Standings:
         if found is None:
             found = self._rungs[bracket, rung] = RungStandings()
         return found
+
+    @property
+    def ties(self) -> dict[tuple[int, int], TieChoice]:
+        """(bracket, rung) -> how a tie at its cut was settled."""
+        return self._state.ties
 
     def __iter__(self) -> Iterator[tuple[tuple[int, int], RungStandings]]:
         return iter(self._rungs.items())

@@ -16,9 +16,11 @@ from llp.probing.standings import Standings
 from llp.records import (
     CurvePoint,
     Decision,
+    FlatnessProfile,
     Job,
     JobEnd,
     LearningCurve,
+    TieChoice,
     Trial,
     from_plain,
 )
@@ -58,6 +60,8 @@ class SearchState:
         completed: Rung -> trials that completed it, in order of their end.
         stops_off: The decision after which no rule stops by forecast, if any.
         ended: The decision that ended tier 1 early, if any.
+        tie_profiles: (trial id, rung) -> what was measured to settle a tie at the cut of the rung.
+        ties: (bracket, rung) -> how the tie at its cut was settled.
         seconds: Time between the ledger's lines so far, without the time when no driver ran.
         number: Trial id -> its place in the order of suggestion.
         touched: (trial id, rung) of every probe that an event was about, in order of the events.
@@ -79,6 +83,8 @@ class SearchState:
     completed: dict[int, list[str]] = field(default_factory=dict)
     stops_off: Decision | None = None
     ended: Decision | None = None
+    tie_profiles: dict[tuple[str, int], FlatnessProfile] = field(default_factory=dict)
+    ties: dict[tuple[int, int], TieChoice] = field(default_factory=dict)
     seconds: float = 0.0
     _last_time: float = sys.float_info.max
     number: dict[str, int] = field(default_factory=dict)
@@ -135,6 +141,12 @@ class SearchState:
             for epoch in [e for e in points if e >= point.epoch]:
                 del points[epoch]  # the job was run again from an earlier epoch
             points[point.epoch] = point
+        elif kind == "tie_profile":
+            profile = from_plain(FlatnessProfile, event["profile"])
+            self.tie_profiles[profile.trial_id, int(event["rung"])] = profile
+        elif kind == "tie":
+            choice = from_plain(TieChoice, event["choice"])
+            self.ties[choice.bracket, choice.rung] = choice
         elif kind == "job_end" and event["kind"] == "probe":
             self._end(from_plain(JobEnd, event["end"]), int(event["rung"]))
 

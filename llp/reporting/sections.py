@@ -27,6 +27,7 @@ from llp.reporting.probing_sections import (
 from llp.reporting.proxy_exhibit import with_proxy
 from llp.reporting.race_exhibit import with_race
 from llp.reporting.rank_exhibit import with_ranks
+from llp.reporting.tie_exhibit import with_ties
 
 __all__ = ["cost_exhibit", "study_sections"]
 
@@ -34,7 +35,7 @@ __all__ = ["cost_exhibit", "study_sections"]
 def study_sections(result: SearchResult) -> Sequence[Section]:
     """All sections with figures and tables, in the order of the page."""
     return (
-        ladder_section(result),
+        with_ties(ladder_section(result), result),
         curves_section(result),
         with_proxy(with_ranks(ranks_section(result), result), result),
         space_section(result),

@@ -61,6 +61,8 @@ def problems(spec: Spec, places: Locator, *, damaged: Iterable[str] = ()) -> lis
     found = [*_names(spec), *secrets.findings(spec.model_dump(mode="json"))]
     if "tier1" not in damaged:
         found += _rungs(spec)
+        if "tier2" not in damaged:
+            found += _tie_break(spec)
     if "resources" not in damaged:
         found += _resources(spec)
     if spec.searcher.name == "grid":
@@ -189,6 +191,22 @@ def _names(spec: Spec) -> Iterator[Finding]:
     for k, name in enumerate(tier2.refinements):
         if name not in refinements and ":" not in name:
             yield f"tier2.refinements.{k}", unknown("refinement", name, refinements)
+
+
+def _tie_break(spec: Spec) -> Iterator[Finding]:
+    tier1, tier2 = spec.tier1, spec.tier2
+    if tier2.tie_break == "off":
+        if tier2.calibration is not None:
+            yield "tier2.calibration", "is read only with tier2.tie_break: earned"
+        return
+    if tier1.scheduler not in ("asha", "hyperband"):
+        text = f"scheduler '{tier1.scheduler}' has no cut to tie at; use asha or hyperband"
+        yield "tier2.tie_break", f"{text}, or tie_break: off"
+    if tier1.eager_promotion:
+        text = "promotions on incomplete rungs have no cut to tie at; drop tier1.eager_promotion"
+        yield "tier2.tie_break", f"{text}, or use tie_break: off"
+    if tier2.top_k == 0:
+        yield "tier2.tie_break", "tier2.top_k: 0 turns tier 2 off; use 1 or more"
 
 
 def _named(table: str, name: str, path: str, *, without: Iterable[str] = ()) -> Iterator[Finding]:

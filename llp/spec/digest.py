@@ -39,6 +39,8 @@ def digest(spec: Spec) -> str:
         del plain["training"]["averaging"], plain["training"]["averaging_options"]
     if spec.tier1.warmup_fraction is None:  # likewise
         del plain["tier1"]["warmup_fraction"]
+    if spec.tier2.tie_break == "off":  # likewise
+        del plain["tier2"]["tie_break"], plain["tier2"]["calibration"]
     if not spec.verification.race:
         for key in ("race", "max_seeds", "error_rate", "margin"):
             del plain["verification"][key]

@@ -297,6 +297,13 @@ class Tier2Spec(_Section):
     refinement_epochs: Whole = Field(
         default=2, ge=1, description="length of a refinement of a survivor"
     )
+    tie_break: Literal["off", "earned"] = Field(
+        default="off",
+        description="settle ties at promotions by tier 2, where `calibration` has earned it",
+    )
+    calibration: str | None = Field(
+        default=None, description="file of `llp calibrate --out`, for tie_break: earned"
+    )
 
 
 class ScoreSpec(_Section):

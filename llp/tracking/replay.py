@@ -29,6 +29,8 @@ from llp.records import (
     ScoreReport,
     SearchResult,
     StopAudit,
+    TieBreak,
+    TieChoice,
     Trial,
     TrialResult,
     Verification,
@@ -131,6 +133,8 @@ class Replay:
         self.score_report: ScoreReport | None = None
         self.stop_audit: StopAudit | None = None
         self.ranks: dict[tuple[int, int], RankCorrelation] = {}
+        self.tie_break: TieBreak | None = None
+        self.tie_choices: list[TieChoice] = []
         self.seconds: dict[str, float] = {}
         self.open_phase: tuple[str, float] | None = None
         self.terminal: Mapping[str, Any] | None = None
@@ -239,6 +243,12 @@ class Replay:
     def _on_stop_audit(self, event: Mapping[str, Any]) -> None:
         self.stop_audit = from_plain(StopAudit, event["stop_audit"])
 
+    def _on_tie_break(self, event: Mapping[str, Any]) -> None:
+        self.tie_break = from_plain(TieBreak, event["tie_break"])
+
+    def _on_tie(self, event: Mapping[str, Any]) -> None:
+        self.tie_choices.append(from_plain(TieChoice, event["choice"]))
+
     def _on_rank_correlations(self, event: Mapping[str, Any]) -> None:
         for pair in event["rank_correlations"]:
             self.ranks[pair["lower"], pair["higher"]] = from_plain(RankCorrelation, pair)
@@ -335,4 +345,6 @@ class Replay:
             proxies=dict(self.proxies),
             stop_audit=self.stop_audit,
             rank_correlations=tuple(self.ranks[pair] for pair in sorted(self.ranks)),
+            tie_break=self.tie_break,
+            tie_choices=tuple(self.tie_choices),
         )

@@ -1,0 +1,42 @@
+"""Whether tier 2 may settle ties at promotions: decided once, when tier 1 begins, and recorded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llp.driver import Study
+from llp.errors import SpecError
+from llp.flatness.metrics import measured_names
+from llp.records import TieBreak, from_plain
+from llp.scoring.tie_break import earned, read_calibration
+from llp.spec import Spec
+
+
+def recorded_tie_break(spec: Spec, study: Study) -> TieBreak | None:
+    """What ties are settled by: as the ledger has it, decided and recorded the first time."""
+    for event in study.history:
+        if event["event"] == "tie_break":
+            return from_plain(TieBreak, event["tie_break"])
+    found = make_tie_break(spec)
+    if found is not None:
+        study.record("tie_break", tie_break=found)
+    return found
+
+
+def make_tie_break(spec: Spec) -> TieBreak | None:
+    """Whether tier 2 has earned to break ties, by the calibration that the spec names.
+
+    Raises:
+        SpecError: The file cannot be read, or is no calibration.
+    """
+    if spec.tier2.tie_break == "off":
+        return None
+    found = None
+    if spec.tier2.calibration is not None:
+        path = Path(spec.tier2.calibration)
+        try:
+            found = read_calibration(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            why = (error.strerror if isinstance(error, OSError) else None) or str(error)
+            raise SpecError([spec.problem("tier2.calibration", f"'{path}': {why}")]) from error
+    return earned(found, {row: measured_names(row, spec.tier2) for row in spec.tier2.metrics})
