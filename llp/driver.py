@@ -179,7 +179,7 @@ class ProbeSource:
         warm: Whether a promotion starts from the weights of the rung below.
         report_every: Epochs between two points of a job.
         num_kept: Trials that go on from the highest rung, to tier 2 and verification.
-        model_costs: Size of the network of a configuration, for searchers that ask for it.
+        model_costs: Size of the network of a configuration, for those who ask for it.
         tie_break: What ties at promotions are settled by; None: not at all.
         tie_values: The calibrated contribution of tier 2 of tied trials.
     """
@@ -342,7 +342,12 @@ class ProbeSource:
             bracket=bracket,
         )
         job = self._job(trial, decision.rung)
-        lines: list[tuple[str, Mapping[str, Any]]] = [*before, ("trial", {"trial": trial})]
+        lines = list(before)
+        if getattr(self.scheduler, "cost", "") == "operations":  # before the trial they are of
+            operations = self.model_costs(trial.hyperparameters).get("operations")
+            if operations:
+                lines.append(("operations", {"trial_id": trial.trial_id, "operations": operations}))
+        lines.append(("trial", {"trial": trial}))
         noted = getattr(self.searcher, "noted", None)
         if noted is not None and index in noted:
             lines.append(("proxy", {"trial_id": trial.trial_id, "proxy": noted[index]}))

@@ -215,7 +215,7 @@ SCHEDULERS: dict[str, Entry] = {
     "freeze_thaw": Entry(
         "llp.probing.freeze_thaw:FreezeThaw",
         "the largest expected improvement per cost goes on, by forecasts of the full result",
-        {"wave": 27, "least_gain": 3.0, "budget": 0.0},
+        {"wave": 27, "least_gain": 3.0, "budget": 0.0, "cost": "samples"},
     ),
     "pasha": Entry(
         "llp.probing.growth:Pasha", "ASHA whose top rung grows only while rungs disagree"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Callable
 
 from llp.probing.promotion import DONE, WAIT, NewTrial, Scheduler
 from llp.probing.state import SearchState, probe_id
@@ -19,8 +20,13 @@ def simulate(
     fails: frozenset[int] = frozenset(),
     kill_every: int = 0,
     diverges: frozenset[int] = frozenset(),
+    seconds: Callable[[int, int], float] | None = None,
+    operations: dict[int, float] | None = None,
 ) -> tuple[list[dict], SearchState]:
-    """Runs the scheduler against workers that finish in random order; returns the ledger."""
+    """Runs the scheduler against workers that finish in random order; returns the ledger.
+
+    A job of trial i on rung k sees 3^k samples and takes `seconds(i, k)`.
+    """
     rng = random.Random(seed)
     state, events = SearchState(), []
 
@@ -39,6 +45,8 @@ def simulate(
                 index = len(state.trials)
                 trial = Trial(f"t{index:03d}", {"x": index}, index, step.bracket)
                 write("decision", decision=Decision("new", trial.trial_id, step.rung, step.reason))
+                if operations:
+                    write("operations", trial_id=trial.trial_id, operations=operations[index])
                 write("trial", trial=trial)
                 rung = step.rung
             else:
@@ -71,7 +79,14 @@ def simulate(
             write(
                 "point", job_id=job.job_id, trial_id=job.trial.trial_id, kind="probe", point=point
             )
-            end = JobEnd(job.job_id, job.trial.trial_id, "completed")
+            spent = (3**job.rung.rung, seconds(index, job.rung.rung)) if seconds else (0, 0.0)
+            end = JobEnd(
+                job.job_id,
+                job.trial.trial_id,
+                "completed",
+                samples_seen=spent[0],
+                seconds=spent[1],
+            )
         write("job_end", kind="probe", rung=job.rung.rung, attempt=job.attempt, end=end)
     return events, state
 

@@ -10,6 +10,7 @@ import pytest
 
 from llp.cluster.searchers import gp, tpe
 from llp.driver import ListedSource, PhasedSource, ProbeSource, Study, derived_seed
+from llp.probing.freeze_thaw import FreezeThaw
 from llp.probing.promotion import DONE, WAIT, Asha
 from llp.probing.stopping import PowerLaw
 from llp.records import CheckpointRef, CurvePoint, Job, JobEnd, Rung, Trial
@@ -299,3 +300,31 @@ def test_a_retried_failure_is_told_to_the_searcher_in_ledger_order(tmp_path):
     told.clear()
     probes(reopen(study), num_trials=4, searcher=Listening(SPACE, (), 0))
     assert told == live
+
+
+def test_operations_reach_the_ledger_before_their_trial_wherever_it_is_cut(tmp_path):
+    def source(study: Study) -> ProbeSource:
+        return ProbeSource(
+            study,
+            scheduler=FreezeThaw(6, 2, wave=3, cost="operations"),
+            searcher=RandomSearch(SPACE, (), 0),
+            rungs=RUNGS,
+            model_costs=lambda values: {"operations": 1e6 * (1 + float(values["x"]))},
+        )
+
+    study = make_study(tmp_path / "whole")
+    run_to_the_end(source(study))
+    expected = [e["decision"] for e in study.history if e["event"] == "decision"]
+    for trial_id, trial in study.state.trials.items():
+        wanted = 1e6 * (1 + float(trial.hyperparameters["x"]))
+        assert study.state.operations[trial_id] == wanted
+    lines = study.ledger.path.read_bytes().splitlines(keepends=True)
+    for place in range(2, len(lines), 5):
+        folder = tmp_path / f"cut{place}"
+        folder.mkdir()
+        (folder / "ledger.jsonl").write_bytes(b"".join(lines[:place]))
+        cut = reopen(Study(Ledger.open(folder)))
+        run_to_the_end(source(cut))
+        found = [e["decision"] for e in cut.history if e["event"] == "decision"]
+        assert [d for d in found if d["kind"] != "retry"] == expected
+        assert cut.state.operations == study.state.operations

@@ -103,6 +103,7 @@ def test_sizes_are_those_of_the_networks_and_each_is_measured_once(tmp_path):
         weights = inputs * width + width + width * data.num_classes + data.num_classes
         assert found["parameters"] == weights
         assert 0 < found["latency"] < 1
+        assert found["operations"] == inputs * width + width * data.num_classes
         assert costs({"width": width, "learning_rate": 0.2, "momentum": 0.1}) is found
 
 

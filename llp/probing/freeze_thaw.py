@@ -13,6 +13,9 @@ trial's result at the top rung is in `rung_posteriors`. The *leader* has the bes
   of all its rungs to come; a new configuration only when no started one promises anything.
 - The search ends when the next job would not fit, with enough kept to bring a living trial up.
 
+Cost is what a rung takes times the *price* of the configuration (`prices`): 1 for all with `cost:
+samples`, the default, so that decisions do not depend on how fast a machine was.
+
 The last rule but one is for sources where early ranks say little: rates by the next rung's cost
 alone keep on comparing there and finish nothing. AlgoPerf, 7 workloads, 6 to 20 searches each,
 regret over that of random search at the cost of 5 / 10 / 20 full trainings: so 7.2 / 2.0 / 1.6; by
@@ -35,11 +38,14 @@ fast is not what ends best.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from llp.errors import unknown
 from llp.probing.budgets import Bracket, rung_sizes
 from llp.probing.curve_prior import Prior
+from llp.probing.prices import COSTS, prices
 from llp.probing.promotion import DONE, WAIT, NewTrial, Scheduler, Step
 from llp.probing.rung_posteriors import RungPosterior, rung_posterior
 from llp.probing.standings import Standings
@@ -51,8 +57,8 @@ class Option(NamedTuple):
     """A trial that may be thawed.
 
     Attributes:
-        rate: Expected improvement over the best forecast by the cost of the next rung, or, once a
-            trial has finished, of all rungs to the top.
+        rate: Expected improvement over the best forecast by what the next rung costs this trial,
+            or, once a trial has finished, all rungs to the top.
         trial_id: Of the trial.
         rung: The last that it ended.
     """
@@ -72,12 +78,15 @@ class FreezeThaw(Scheduler):
             to gain from the start of training, below which the leader is trained instead.
         budget: Cost of the whole search in jobs of the top rung; 0 is what successive halving of
             `num_trials` costs.
+        cost: What a job costs: `samples`, or `seconds` or `operations` (multiply-adds), where
+            configurations are dearer or cheaper than the average one by the sample.
         prior: Of learning curves, instead of the one that is shipped.
     """
 
     wave: int = 27
     least_gain: float = 3.0
     budget: float = 0.0
+    cost: str = "samples"
     prior: Prior | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -86,6 +95,8 @@ class FreezeThaw(Scheduler):
             raise ValueError(f"wave must be at least 1, not {self.wave}")
         if not self.least_gain >= 0:
             raise ValueError(f"least_gain must be at least 0, not {self.least_gain:g}")
+        if self.cost not in COSTS:
+            raise ValueError(unknown("cost", self.cost, COSTS))
         least = sum(self.rung_costs())
         if self.budget and self.budget < least - 1e-9:
             raise ValueError(
@@ -101,13 +112,29 @@ class FreezeThaw(Scheduler):
         sizes = rung_sizes(Bracket(1, self.num_trials), self.num_rungs, self.reduction_factor)
         return math.fsum(size * costs[rung - 1] for rung, size in sizes.items())
 
-    def spent(self, standings: Standings, num_started: int) -> float:
+    def prices(self, state: SearchState) -> Mapping[str, float]:
+        """Trial id -> price; whoever is missing has the mean price, 1."""
+        memo, key = state.standings(self.max_failures).memo, (self, "prices")
+        if key not in memo:
+            memo[key] = prices(state, self.cost)
+        return memo[key]  # type: ignore[return-value]
+
+    def spent(self, state: SearchState) -> float:
         """Cost of all jobs that were given out, retries not counted."""
-        costs = self.rung_costs()
-        promoted = [standings.rung(0, k + 1).num_promoted for k in range(1, self.num_rungs)]
-        return num_started * costs[0] + math.fsum(
-            num * cost for num, cost in zip(promoted, costs[1:], strict=True)
-        )
+        costs, standings = self.rung_costs(), state.standings(self.max_failures)
+        price = self.prices(state)
+        if not price:
+            promoted = [standings.rung(0, k + 1).num_promoted for k in range(1, self.num_rungs)]
+            return len(state.trials) * costs[0] + math.fsum(
+                num * cost for num, cost in zip(promoted, costs[1:], strict=True)
+            )
+        key = (self, "spent")
+        if key not in standings.memo:
+            begun = [*((trial_id, 1) for trial_id in state.trials), *state.promoted]
+            standings.memo[key] = math.fsum(
+                costs[rung - 1] * price.get(trial_id, 1.0) for trial_id, rung in begun
+            )
+        return standings.memo[key]  # type: ignore[return-value]
 
     def next_step(self, state: SearchState) -> Step:
         """What a free worker should do next."""
@@ -116,7 +143,7 @@ class FreezeThaw(Scheduler):
             return retry
         standings, started = state.standings(self.max_failures), len(state.trials)
         wave = min(self.num_trials, self.wave)
-        if started < wave and self._fits(standings, started, 1):
+        if started < wave and self._fits(state, 1):
             return NewTrial(0, 1, f"number {started + 1} of a wave of {wave}")
         key = (self, started)
         if key not in standings.memo:
@@ -126,24 +153,30 @@ class FreezeThaw(Scheduler):
             return chosen
         if state.running:
             return WAIT
-        if started < self.num_trials and self._fits(standings, started, 1):
+        if started < self.num_trials and self._fits(state, 1):
             return NewTrial(0, 1, f"number {started + 1}: no started trial can go on")
         return DONE
 
-    def _fits(self, standings: Standings, started: int, rung: int) -> bool:
+    def _fits(self, state: SearchState, rung: int, trial_id: str = "") -> bool:
         """Whether a job on `rung` leaves enough of the budget to bring some trial to the top."""
-        highest = max(
-            [rung, *(k for k in range(2, self.num_rungs + 1) if standings.rung(0, k).num_promoted)]
-        )
-        costs = self.rung_costs()
-        needed = costs[rung - 1] + math.fsum(costs[highest:])
-        return self.spent(standings, started) + needed <= self.total_budget() + 1e-9
+        standings, costs = state.standings(self.max_failures), self.rung_costs()
+        reached = [k for k in range(2, self.num_rungs + 1) if standings.rung(0, k).num_promoted]
+        highest, price = max([rung, *reached]), self.prices(state)
+        needed, kept = costs[rung - 1], math.fsum(costs[highest:])
+        if price:
+            if rung > max([1, *reached]):
+                return True  # this was kept for; prices may have changed since
+            ahead = {name for name, k in state.promoted if k == highest} or {trial_id}
+            needed *= price.get(trial_id, 1.0)
+            kept *= min(price.get(name, 1.0) for name in ahead)
+        return self.spent(state) + needed + kept <= self.total_budget() + 1e-9
 
     def _choose(
         self, state: SearchState, standings: Standings, started: int
     ) -> NewTrial | Decision | None:
         """Who goes on, or a new one; None when nothing can."""
-        costs, found = self.rung_costs(), self._posteriors(state, standings)
+        costs, price = self.rung_costs(), self.prices(state)
+        found = self._posteriors(state, standings)
         if not found:
             return None
         newest = {trial_id: rung for rung, here in found.items() for trial_id in here.trial_ids}
@@ -161,8 +194,9 @@ class FreezeThaw(Scheduler):
         options = []
         for trial_id, rung in newest.items():
             open_ = rung < top and (trial_id, rung + 1) not in state.promoted
-            if open_ and self._fits(standings, started, rung + 1):
+            if open_ and self._fits(state, rung + 1, trial_id):
                 ahead = math.fsum(costs[rung:]) if finished else costs[rung]
+                ahead *= price.get(trial_id, 1.0)
                 gain = float(gains[rung][found[rung].place(trial_id)])
                 options.append(Option(gain / ahead, trial_id, rung))
         if not options:
@@ -173,7 +207,7 @@ class FreezeThaw(Scheduler):
             highest = max((option.rung for option in begun), default=0)
             rivals = [option for option in begun if option.rung == highest] or options
             pick = max(rivals, key=lambda option: option.rate)
-            if pick.rate <= 0 and started < self.num_trials and self._fits(standings, started, 1):
+            if pick.rate <= 0 and started < self.num_trials and self._fits(state, 1):
                 return NewTrial(0, 1, f"number {started + 1}: no other may beat {best:.4g}")
             why = "goes on" if begun else f"largest gain {pick.rate / unit:.3g} per full training"
             return self._thaw(pick, found[pick.rung], why, f", best {best:.4g}")

@@ -55,6 +55,7 @@ class SearchState:
         memory_failures: Job id -> how many of those ran out of memory.
         promoted: (trial id, rung) of every recorded promotion into that rung.
         stops: Job id -> recorded stop decision.
+        operations: Trial id -> multiply-adds of a forward pass of its network, where recorded.
         audits: Job id -> recorded audit (a stop not carried out) and the epoch it came at.
         announced: Trial id -> the decision to start it; the trial itself is the next line.
         completed: Rung -> trials that completed it, in order of their end.
@@ -78,6 +79,7 @@ class SearchState:
     memory_failures: dict[str, int] = field(default_factory=dict)
     promoted: set[tuple[str, int]] = field(default_factory=set)
     stops: dict[str, Decision] = field(default_factory=dict)
+    operations: dict[str, float] = field(default_factory=dict)
     audits: dict[str, tuple[Decision, int]] = field(default_factory=dict)
     announced: dict[str, Decision] = field(default_factory=dict)
     completed: dict[int, list[str]] = field(default_factory=dict)
@@ -114,6 +116,8 @@ class SearchState:
             trial = from_plain(Trial, event["trial"])
             self.number.setdefault(trial.trial_id, len(self.number))
             self.trials[trial.trial_id] = trial
+        elif kind == "operations":
+            self.operations[event["trial_id"]] = float(event["operations"])
         elif kind == "decision":
             decision = from_plain(Decision, event["decision"])
             if decision.kind == "new":

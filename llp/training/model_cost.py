@@ -1,9 +1,11 @@
-"""What a network costs to use: its size and its latency, for searches with several objectives.
+"""What a network costs to use: its size, its latency and the operations of a forward pass.
 
-Both belong to the architecture and not to its weights, so each distinct model and its options are
-built once. The latency is the median time of a forward pass of one image in evaluation mode, on the
-device and with the precision given, after warm-up; it compares networks on one machine and says
-little about another.
+For searches with several objectives, and for schedulers that count operations. All belong to the
+architecture and not to its weights, so each distinct model and its options are built once. The
+latency is the median time of a forward pass of one image in evaluation mode, on the device and with
+the precision given, after warm-up; it compares networks on one machine and says little about
+another. Operations are counted by `torch.utils.flop_counter`: matrix products and convolutions, a
+multiplication and an addition as one; the same number on every machine.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ import time
 from collections.abc import Mapping
 
 import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from llp.records import HyperparameterValue
 from llp.spec.schema import Spec
@@ -37,7 +41,7 @@ class ModelCosts:
         self._known: dict[tuple[str, str], dict[str, float]] = {}
 
     def __call__(self, hyperparameters: Mapping[str, HyperparameterValue]) -> dict[str, float]:
-        """`parameters` (numbers in the network) and `latency` (seconds for one image)."""
+        """`parameters` of the network, `latency` (seconds) and `operations` for one image."""
         recipe = Recipe.of(self._spec, hyperparameters)
         key = (recipe.model, repr(sorted(recipe.model_options.items())))
         if key not in self._known:
@@ -50,7 +54,8 @@ class ModelCosts:
             model = recipe.build_model(
                 channels=data.channels, image_size=data.image_size, num_classes=data.num_classes
             )
-        model = model.to(self._device).eval()
+        operations = _operations(model.eval(), data)
+        model = model.to(self._device)
         image = torch.zeros(1, data.channels, data.image_size, data.image_size, device=self._device)
         seconds = []
         with torch.no_grad(), loop.autocast(self._device, recipe.precision):
@@ -64,4 +69,12 @@ class ModelCosts:
         return {
             "parameters": float(sum(p.numel() for p in model.parameters())),
             "latency": statistics.median(seconds),
+            "operations": operations,
         }
+
+
+def _operations(model: nn.Module, data: ImageData) -> float:
+    image = torch.zeros(1, data.channels, data.image_size, data.image_size)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(image)
+    return float(counter.get_total_flops()) / 2
