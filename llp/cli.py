@@ -117,11 +117,13 @@ def search(
 def check(file: File, override: Set = None, json: Json = False) -> None:
     """Validate an experiment, print its rungs and cost, and train one batch."""
     from llp import pipeline, views
+    from llp.spec import notes
 
     spec = _load(file, override)
     report = pipeline.check(spec)
     if json:
-        emit({"event": "plan", "name": spec.name, "check": report})
+        found = [str(note) for note in notes(spec)]
+        emit({"event": "plan", "name": spec.name, "check": report, "notes": found})
     else:
         views.show_plan(report.plan, spec, views.console(), report)
 

@@ -26,6 +26,7 @@ from rich.text import Text
 from llp.progress import ProgressState, number_of
 from llp.records import to_plain
 from llp.reporting import formats
+from llp.reporting.earlier import about_earlier
 
 PLAIN_SECONDS = 10.0
 """Least time between two ordinary lines where there is no terminal."""
@@ -116,6 +117,15 @@ def _best(state: ProgressState) -> str:
     return text
 
 
+def _first_of_earlier(state: ProgressState) -> str:
+    return about_earlier(state.earlier)[0] if state.earlier is not None else ""
+
+
+def _stopping_off(state: ProgressState) -> str:
+    why = state.early_stopping
+    return f"early stopping went off, {why}" if why else ""
+
+
 def _rows(state: ProgressState) -> list[tuple[str, float, str]]:
     """Tier, share done, and the words beside the bar."""
     rows = []
@@ -177,6 +187,8 @@ def block(state: ProgressState, *, now: float | None = None) -> RenderableType:
         ("spent", f"{_spent(state)}; training all {state.num_trials} fully: {full}"),
         ("best", _best(state)),
         ("", settings(best.hyperparameters) if best else ""),
+        ("warm", _first_of_earlier(state)),
+        ("note", _stopping_off(state)),
         ("mlflow", state.mlflow),
     ):
         if words:
@@ -223,6 +235,8 @@ def facts(state: ProgressState) -> dict[str, Any]:
         "samples_full_search": state.samples_full_search,
         "best": best,
         "winner": state.winner or None,
+        "early_stopping_off": state.early_stopping or None,
+        "earlier_studies": state.earlier,
     }
 
 
@@ -233,6 +247,10 @@ def landmark(state: ProgressState, event: Mapping[str, Any]) -> str:
         return f"study {state.study_id}: {state.num_trials} trials on {len(state.rungs)} rungs"
     if name == "opened" and state.jobs:
         return f"going on with study {state.study_id}"
+    if name == "warm_start" and state.earlier is not None:
+        return printable("warm start: " + "; ".join(about_earlier(state.earlier)))
+    if name == "decision" and event["decision"]["kind"] == "stops_off":
+        return printable(_stopping_off(state))
     if name == "phase" and event.get("status") == "start":
         return _PHASES.get(str(event.get("name")), str(event.get("name")))
     if name == "job_end" and event["end"]["outcome"] in ("failed", "out_of_memory"):
@@ -309,7 +327,7 @@ class Reporter:
             return
         line = landmark(self.state, event)
         if self._live:
-            if event.get("event") in ("job_end", "failed") and line:
+            if event.get("event") in ("job_end", "failed", "warm_start", "decision") and line:
                 self.console.print(Text(line), style="yellow")
             return
         now = time.time()

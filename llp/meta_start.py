@@ -3,12 +3,14 @@
 `searcher.warm_start.meta: {collection: FOLDER, count: 5}`. Every finished study in the folder gives
 its configurations that the present search space can have, with their order;
 `probing.meta_learning` proposes. All is read from the ledgers (JSON lines), nothing is unpickled. A
-study that cannot be used is left out with a reason, which is recorded with the proposals.
+study that cannot be used is left out with a reason, which is recorded with the proposals. The study
+that is being started is not looked at, though its folder is there already.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,19 +39,22 @@ class Proposals:
     Attributes:
         first: Configurations, in order.
         studies: Names of those that were used.
-        skipped: Why studies or configurations were left out -> how many.
+        left_out: Name of a study that could not be used -> why.
+        skipped: Why single configurations were left out -> how many.
     """
 
     first: tuple[Mapping[str, HyperparameterValue], ...]
     studies: tuple[str, ...]
+    left_out: Mapping[str, str]
     skipped: Mapping[str, int]
 
 
-def proposals(spec: Spec) -> Proposals:
+def proposals(spec: Spec, own: Path | None = None) -> Proposals:
     """The configurations that the collection of `spec` proposes.
 
     Args:
         spec: The experiment; its `searcher.warm_start.meta` is set.
+        own: Folder of the study that asks.
 
     Raises:
         SpecError: The folder is not there, or no study in it can be used.
@@ -60,23 +65,29 @@ def proposals(spec: Spec) -> Proposals:
     folder, path = Path(asked.meta.collection), "searcher.warm_start.meta.collection"
     if not folder.is_dir():
         raise SpecError([spec.problem(path, f"there is no folder '{folder}'")])
-    ledgers = sorted(folder.glob(f"*/{LEDGER_NAME}"))
+    ledgers = [
+        ledger
+        for ledger in sorted(folder.glob(f"*/{LEDGER_NAME}"))
+        if own is None or ledger.parent.resolve() != own.resolve()
+    ]
     if not ledgers:
         text = f"'{folder}' holds no study, that is no folder with a {LEDGER_NAME}"
         raise SpecError([spec.problem(path, text)])
     skipped: dict[str, int] = {}
+    left_out: dict[str, str] = {}
     names: list[str] = []
     found: list[Rows] = []
     for ledger in ledgers:
         try:
             rows = _study(spec, ledger.parent, skipped)
         except _Unusable as why:
-            skipped[str(why)] = skipped.get(str(why), 0) + 1
+            left_out[ledger.parent.name] = str(why)
             continue
         names.append(ledger.parent.name)
         found.append(rows)
     if not names:
-        reasons = "; ".join(f"{why} ({times} times)" for why, times in skipped.items())
+        counts = Counter(left_out.values()) + Counter(skipped)
+        reasons = "; ".join(f"{why} ({times} times)" for why, times in counts.items())
         text = f"no study in '{folder}' can be used: {reasons}"
         raise SpecError([spec.problem(path, text)])
     pool: list[Configuration] = []
@@ -92,7 +103,7 @@ def proposals(spec: Spec) -> Proposals:
         for rows in found
     ]
     chosen = propose(studies, encode(spec.search_space, pool), asked.meta.count)
-    return Proposals(tuple(pool[index] for index in chosen), tuple(names), skipped)
+    return Proposals(tuple(pool[index] for index in chosen), tuple(names), left_out, skipped)
 
 
 def encode(
@@ -139,9 +150,9 @@ def _study(spec: Spec, folder: Path, skipped: dict[str, int]) -> Rows:
     try:
         result = load_study(folder)
     except StudyError:
-        raise _Unusable("a ledger that cannot be read") from None
+        raise _Unusable("its ledger cannot be read") from None
     if result.status != "finished":
-        raise _Unusable("a study that is not finished")
+        raise _Unusable("not finished")
     here = set(spec.search_space) | set(asked.ignore)
     rows: Rows = []
     for past in trials_of(result):
@@ -154,7 +165,7 @@ def _study(spec: Spec, folder: Path, skipped: dict[str, int]) -> Rows:
         else:
             rows.append((values, past.rank))
     if len(rows) < MIN_TRIALS:
-        raise _Unusable(f"a study with fewer than {MIN_TRIALS} configurations that fit")
+        raise _Unusable(f"fewer than {MIN_TRIALS} configurations that fit")
     return rows
 
 

@@ -37,7 +37,7 @@ from llp.objectives import SEARCHED, record_fronts
 from llp.probing.budgets import ladder
 from llp.probing.promotion import Scheduler
 from llp.proxy_filter import ProxyFilter
-from llp.records import Rung, SearchResult
+from llp.records import EarlierStudies, Rung, SearchResult
 from llp.reporting.html import write_report
 from llp.scoring.choose import choose_for_measurement, choose_for_verification
 from llp.scoring.report import score_report
@@ -99,6 +99,7 @@ class Plan:
         samples_verification: By all full trainings of the verification.
         samples_full_search: By training every configuration once with the full recipe.
         left_out: Metrics of tier 2 that do not fit into its budget, after a probe on the top rung.
+        earlier: What is taken from earlier studies; None without a warm start.
     """
 
     rungs: tuple[Rung, ...]
@@ -113,6 +114,7 @@ class Plan:
     samples_verification: int
     samples_full_search: int
     left_out: tuple[str, ...] = ()
+    earlier: EarlierStudies | None = None
 
 
 @dataclass(frozen=True)
@@ -151,8 +153,8 @@ def plan(spec: Spec, data: ImageData | None = None) -> Plan:
     scheduler = make_scheduler(spec)
     make_rules(spec, "stop_rules")
     make_rules(spec, "search_rules")
-    warm_start(spec)
     make_tie_break(spec)
+    earlier = warm_start(spec).studies if spec.searcher.warm_start else None
     jobs: dict[int, int] = {}
     for sizes in scheduler.sizes():
         for rung, size in sizes.items():
@@ -175,6 +177,7 @@ def plan(spec: Spec, data: ImageData | None = None) -> Plan:
         samples_verification=verified * verification_epochs * len(data.train),
         samples_full_search=scheduler.num_trials * spec.training.epochs * len(data.train),
         left_out=measured.left_out if spec.tier2.top_k else (),
+        earlier=earlier,
     )
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llp import registry
+from llp.records import EarlierStudies, from_plain
 
 
 @dataclass
@@ -104,6 +105,8 @@ class ProgressState:
         status: `running`, `finished` or `failed`; whoever knows better may set `interrupted`.
         winner: Trial id once finished.
         failure: Why the study failed.
+        early_stopping: Why rules that stop by forecast went off, if they did.
+        earlier: What was taken from earlier studies; None without a warm start.
         mlflow: What MLflow is doing, in words, when the display has to say so.
     """
 
@@ -121,6 +124,8 @@ class ProgressState:
     status: str = "running"
     winner: str = ""
     failure: str = ""
+    early_stopping: str = ""
+    earlier: EarlierStudies | None = None
     mlflow: str = ""
     _earlier_seconds: float = 0.0
     _session_start: float = 0.0
@@ -139,6 +144,10 @@ class ProgressState:
             self._open(before)
         elif name == "phase":
             self.phases[str(event.get("name"))] = str(event.get("status"))
+        elif name == "decision" and event["decision"]["kind"] == "stops_off":
+            self.early_stopping = str(event["decision"]["reason"])
+        elif name == "warm_start" and "studies" in event:
+            self.earlier = from_plain(EarlierStudies, event["studies"])
         elif name == "trial":
             self.trials[event["trial"]["trial_id"]] = event["trial"]["hyperparameters"]
         elif name == "job":

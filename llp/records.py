@@ -628,6 +628,20 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class EarlierStudies:
+    """From which studies so many first configurations and results are taken.
+
+    `left_out` says why a study could not be used, `skipped` how many configurations for which why.
+    """
+
+    used: tuple[str, ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    num_first: int = 0
+    num_results: int = 0
+
+
+@dataclass(frozen=True)
 class SearchResult:
     """A whole study as its ledger tells it; what reports, exports and MLflow are made from.
 
@@ -653,6 +667,7 @@ class SearchResult:
         fronts: Pareto fronts, with several objectives; at a rung, then of the full trainings.
         stop_audit: How often early stops were wrong; None where none was audited.
         rank_correlations: How rungs ordered the trials they share, for pairs that share any.
+        earlier: What was taken from earlier studies; None without a warm start.
         tie_break: Whether tier 2 broke ties at promotions; None where it was not asked for.
         tie_choices: The cuts that it settled, in order.
     """
@@ -680,3 +695,4 @@ class SearchResult:
     rank_correlations: tuple[RankCorrelation, ...] = ()
     tie_break: TieBreak | None = None
     tie_choices: tuple[TieChoice, ...] = ()
+    earlier: EarlierStudies | None = None

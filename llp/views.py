@@ -19,6 +19,7 @@ from rich.text import Text
 
 from llp.display import block, printable, put, settings
 from llp.reporting import formats, yaml_text
+from llp.reporting.earlier import about_earlier
 from llp.reporting.study import Verified, verified
 from llp.tracking.choice import find_trial as find_trial
 
@@ -94,6 +95,8 @@ def _facts(out: Console, facts: Iterable[tuple[str, str]]) -> None:
 
 def show_plan(plan: Plan, spec: Spec, out: Console, report: CheckReport | None = None) -> None:
     """The rungs with their images, epochs and cost, what all of it comes to, and the pace."""
+    from llp.spec import notes
+
     _lines(
         out,
         f"{spec.name}: {formats.count(plan.num_train)} training, "
@@ -140,11 +143,14 @@ def show_plan(plan: Plan, spec: Spec, out: Console, report: CheckReport | None =
     if plan.left_out:
         hint = f"left out, as even the least of it is over tier2.budget: {', '.join(plan.left_out)}"
         facts.insert(2, ("", hint))
+    if plan.earlier is not None:
+        facts += zip(["warm start", "", ""], about_earlier(plan.earlier), strict=False)
     if share >= 100:
         hint = "this search saves nothing: try more configurations or verify fewer"
         facts += [("", hint)]
     if report is not None:
         facts += _pace(report, spec, total - plan.samples_tier2)
+    facts += [("note", str(note)) for note in notes(spec)]
     _facts(out, facts)
     if report is not None:
         _lines(out, "the file is good")
@@ -225,6 +231,13 @@ def show_summary(result: SearchResult, folder: Path, out: Console) -> None:
             f"{formats.amount(spent)} samples in {formats.duration(sum(cost.seconds.values()))}; "
             f"training all {len(result.trials)} fully: {formats.amount(cost.full_search)}{times}",
         )
+    ]
+    if result.earlier is not None:
+        facts += zip(["warm start", "", ""], about_earlier(result.earlier), strict=False)
+    facts += [
+        ("stopping", f"early stopping went off, {decision.reason}")
+        for decision in result.decisions
+        if decision.kind == "stops_off"
     ]
     page, name = folder / "report.html", shlex.quote(str(folder))
     if page.is_file():

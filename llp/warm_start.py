@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from llp.driver import ConfigurationSource, Study
 from llp.earlier_trials import Past, budget, fit, read_trials
 from llp.errors import Problem, SpecError, unknown
 from llp.meta_start import proposals
-from llp.records import EarlierResult, HyperparameterValue, from_plain
+from llp.records import EarlierResult, EarlierStudies, HyperparameterValue, from_plain
 from llp.spec import Spec
 
 
@@ -32,14 +34,12 @@ class WarmStart:
     Attributes:
         first: Configurations to try first, best first.
         earlier: Results to tell the searcher.
-        skipped: Why configurations or studies were left out -> how many.
-        collected: Studies of the collection that the first configurations were proposed from.
+        studies: From which studies, and what was left out and why.
     """
 
     first: tuple[Mapping[str, HyperparameterValue], ...] = ()
     earlier: tuple[EarlierResult, ...] = ()
-    skipped: Mapping[str, int] | None = None
-    collected: tuple[str, ...] = ()
+    studies: EarlierStudies = field(default_factory=EarlierStudies)
 
 
 class StartsWith:
@@ -79,22 +79,20 @@ def warm_start(spec: Spec, study: Study | None = None) -> WarmStart:
             return WarmStart(
                 tuple(event["first"]),
                 tuple(from_plain(EarlierResult, one) for one in event["earlier"]),
-                event["skipped"],
-                tuple(event.get("collected", ())),
+                _studies(event),
             )
-    found = _read(spec)
+    found = _read(spec, study.ledger.path.parent if study is not None else None)
     if study is not None:
         study.record(
             "warm_start",
             first=found.first,
             earlier=found.earlier,
-            skipped=found.skipped or {},
-            **({"collected": found.collected} if found.collected else {}),
+            studies=found.studies,
         )
     return found
 
 
-def _read(spec: Spec) -> WarmStart:
+def _read(spec: Spec, own: Path | None) -> WarmStart:
     asked = spec.searcher.warm_start
     assert asked is not None
     here = budget(spec.model_dump(mode="json"))
@@ -102,11 +100,12 @@ def _read(spec: Spec) -> WarmStart:
     skipped: dict[str, int] = {}
     first: list[dict[str, HyperparameterValue]] = []
     collected: tuple[str, ...] = ()
+    left_out: Mapping[str, str] = {}
     if asked.meta is not None:
-        proposed = proposals(spec)
+        proposed = proposals(spec, own)
         first += [dict(values) for values in proposed.first]
         skipped |= proposed.skipped
-        collected = proposed.studies
+        collected, left_out = proposed.studies, proposed.left_out
     for number, name in enumerate(asked.studies):
         path = f"searcher.warm_start.studies.{number}"
         trials = list(read_trials(spec, name, path))
@@ -140,7 +139,18 @@ def _read(spec: Spec) -> WarmStart:
         for past, values in usable
         if asked.observations and math.isfinite(past.lowest)
     ]
-    return WarmStart(tuple(first), tuple(earlier), skipped, collected)
+    named = tuple(dict.fromkeys(past.study for past, _ in usable))
+    used = (*collected, *(name for name in named if name not in collected))
+    studies = EarlierStudies(used, left_out, skipped, len(first), len(earlier))
+    return WarmStart(tuple(first), tuple(earlier), studies)
+
+
+def _studies(event: Mapping[str, Any]) -> EarlierStudies:
+    """What a `warm_start` line says of the studies; those of older versions tell less."""
+    if "studies" in event:
+        return from_plain(EarlierStudies, event["studies"])
+    collected, skipped = tuple(event.get("collected", ())), event["skipped"]
+    return EarlierStudies(collected, {}, skipped, len(event["first"]), len(event["earlier"]))
 
 
 def _check_parameters(spec: Spec, trials: Sequence[Past], name: str, path: str) -> None:

@@ -86,6 +86,7 @@ def street(place, monkeypatch):
         samples_verification=38400,
         samples_full_search=115200,
         left_out=(),
+        earlier=None,
     )
     pipeline = ModuleType("llp.pipeline")
 

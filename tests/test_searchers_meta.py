@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, Matern
 from study_runs import TINY
 
+from llp.driver import Study
 from llp.earlier_trials import trials_of
 from llp.errors import SpecError
 from llp.meta_start import encode, proposals
@@ -25,9 +27,10 @@ from llp.probing.meta_learning import (
     propose,
     surrogate_mean,
 )
+from llp.records import EarlierStudies, from_plain
 from llp.spec import load_spec
 from llp.spec.domains import Choice, Fixed, Integer, LogUniform, Uniform
-from llp.tracking.ledger import load_study
+from llp.tracking.ledger import Ledger, load_study
 from llp.warm_start import warm_start
 from tests.make_study import make_events, write_study
 
@@ -170,11 +173,11 @@ def test_a_folder_of_studies_proposes_the_first_configurations(tmp_path, collect
     warm = f"warm_start: {{meta: {{collection: '{collection}', count: 4}}}}"
     spec = experiment(tmp_path, warm)
     found = warm_start(spec)
-    assert found.collected == ("past-0", "past-1", "past-2")
-    assert found.skipped["a study that is not finished"] == 1
-    assert found.skipped["a ledger that cannot be read"] == 1
+    assert found.studies.used == ("past-0", "past-1", "past-2")
+    left_out = {"cut": "not finished", "damaged": "its ledger cannot be read"}
+    assert found.studies == EarlierStudies(found.studies.used, left_out, num_first=4)
     tried, standing = [], []
-    for name in found.collected:
+    for name in found.studies.used:
         past = [*trials_of(load_study(collection / name))]
         order = sorted(past, key=lambda trial: trial.rank)
         tried += [dict(trial.hyperparameters) for trial in past]
@@ -189,6 +192,30 @@ def test_a_folder_of_studies_proposes_the_first_configurations(tmp_path, collect
     plain = make_searcher(experiment(tmp_path, "num_startup_trials: 4"))
     assert searcher.suggest(4) == plain.suggest(4)  # only the first few draws are replaced
     assert proposals(spec) == proposals(spec)
+
+
+def test_the_study_that_asks_is_not_among_those_it_looks_at(tmp_path, collection):
+    folder = tmp_path / "all"
+    shutil.copytree(collection, folder)
+    warm = f"warm_start: {{meta: {{collection: '{folder}', count: 2}}}}"
+    with Ledger.create(folder / "own", study_id="own", spec={}, spec_digest="d") as ledger:
+        study = Study(ledger)
+        found = warm_start(experiment(tmp_path, warm), study)
+        assert set(found.studies.left_out) == {"cut", "damaged"}
+        again = warm_start(experiment(tmp_path, warm), study)
+        assert again == found
+        assert from_plain(EarlierStudies, study.history[-1]["studies"]) == found.studies
+    with_own = warm_start(experiment(tmp_path, warm))
+    assert with_own.studies.left_out["own"] == "not finished"
+    assert with_own.first == found.first
+
+
+def test_more_first_configurations_than_trials_are_refused_where_they_were_asked_for(tmp_path):
+    warm = f"warm_start: {{meta: {{collection: '{tmp_path}', count: 9}}}}"
+    with pytest.raises(SpecError, match=r"9 configurations .* more than tier1.num_trials \(6\)"):
+        experiment(tmp_path, warm, "tier1.num_trials=6")
+    unasked = f"warm_start: {{meta: {{collection: '{tmp_path}'}}}}"
+    assert experiment(tmp_path, unasked, "tier1.num_trials=3").searcher.warm_start.meta.count == 5
 
 
 def test_named_studies_come_after_the_collection(tmp_path, collection):

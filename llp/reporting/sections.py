@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llp.records import SearchResult
+from llp.reporting.earlier_exhibit import with_earlier
 from llp.reporting.evidence_sections import (
     flatness_section,
     scores_section,
@@ -38,7 +39,7 @@ def study_sections(result: SearchResult) -> Sequence[Section]:
         with_ties(ladder_section(result), result),
         curves_section(result),
         with_proxy(with_ranks(ranks_section(result), result), result),
-        space_section(result),
+        with_earlier(space_section(result), result),
         flatness_section(result),
         scores_section(result),
         with_race(verification_section(result), result),

@@ -18,6 +18,7 @@ from llp.spec.digest import (
 )
 from llp.spec.domains import GridSearch, RandomSearch, ordered
 from llp.spec.loading import load_spec
+from llp.spec.notes import notes
 from llp.spec.schema import Spec
 from llp.spec.template import init_template
 from llp.spec.wording import render
@@ -36,6 +37,7 @@ __all__ = [
     "init_template",
     "json_schema",
     "load_spec",
+    "notes",
     "ordered",
     "render",
     "satisfied",

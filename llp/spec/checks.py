@@ -242,7 +242,7 @@ def _rungs(spec: Spec) -> Iterator[Finding]:
                 f"rung {k} ({below[1]:g}, {below[2]} epochs); each rung needs more",
             )
     if (
-        spec.tier1.warmup_fraction is not None
+        spec.tier1.warmup_fraction
         and spec.training.schedule == "one_cycle"
         and "schedule" not in spec.search_space
     ):

@@ -37,7 +37,7 @@ def digest(spec: Spec) -> str:
         del plain["training"]["best_weights"]
     if spec.training.averaging == "none":  # came later: files without it keep their digest
         del plain["training"]["averaging"], plain["training"]["averaging_options"]
-    if spec.tier1.warmup_fraction is None:  # likewise
+    if not spec.tier1.warmup_fraction:  # likewise; 0 is no minimum either
         del plain["tier1"]["warmup_fraction"]
     if spec.tier2.tie_break == "off":  # likewise
         del plain["tier2"]["tie_break"], plain["tier2"]["calibration"]

@@ -190,8 +190,8 @@ class Tier1Spec(_Section):
         default=None,
         ge=0,
         lt=1,
-        description="share of a probe's steps with warm-up where the probe is shorter than the "
-        "full training and this is more than the recipe's; default: the recipe's",
+        description="least share of a probe's steps with warm-up where the probe is shorter than "
+        "the full training, whatever the recipe or the search space says; 0 or none: no minimum",
     )
     eager_promotion: bool = Field(
         default=False,
@@ -471,7 +471,17 @@ class Spec(_Section):
 
     @model_validator(mode="after")
     def _counts(self) -> Spec:
-        """A top_k that was not given shrinks with num_trials; one that was given must fit."""
+        """A top_k that was not given shrinks with num_trials; a count that was given must fit."""
+        warm = self.searcher.warm_start
+        if warm is not None and warm.meta is not None and "count" in warm.meta.model_fields_set:
+            count, num_trials = warm.meta.count, self.tier1.num_trials
+            if count > num_trials:
+                raise wrong(
+                    f"{count} configurations to try first are more than tier1.num_trials "
+                    f"({num_trials})",
+                    "searcher.warm_start.meta.count",
+                    "tier1.num_trials",
+                )
         for section in ("tier2", "verification"):
             part, num_trials = getattr(self, section), self.tier1.num_trials
             if part.top_k > num_trials:

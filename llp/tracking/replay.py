@@ -18,6 +18,7 @@ from llp.records import (
     Cost,
     CurvePoint,
     Decision,
+    EarlierStudies,
     FlatnessProfile,
     JobEnd,
     LearningCurve,
@@ -130,6 +131,7 @@ class Replay:
         self.race: dict[int, RaceLook] = {}
         self.fronts: dict[int, ParetoFront] = {}
         self.proxies: dict[str, ProxyScore] = {}
+        self.earlier: EarlierStudies | None = None
         self.score_report: ScoreReport | None = None
         self.stop_audit: StopAudit | None = None
         self.ranks: dict[tuple[int, int], RankCorrelation] = {}
@@ -232,6 +234,10 @@ class Replay:
 
     def _on_proxy(self, event: Mapping[str, Any]) -> None:
         self.proxies[str(event["trial_id"])] = from_plain(ProxyScore, event["proxy"])
+
+    def _on_warm_start(self, event: Mapping[str, Any]) -> None:
+        if "studies" in event:  # since it is written
+            self.earlier = from_plain(EarlierStudies, event["studies"])
 
     def _on_front(self, event: Mapping[str, Any]) -> None:
         found = from_plain(ParetoFront, event["front"])
@@ -347,4 +353,5 @@ class Replay:
             rank_correlations=tuple(self.ranks[pair] for pair in sorted(self.ranks)),
             tie_break=self.tie_break,
             tie_choices=tuple(self.tie_choices),
+            earlier=self.earlier,
         )

@@ -153,7 +153,7 @@ class TrainingObjective(JobObjective):
                 "training": set(TrainingSpec.model_fields) - {"callbacks"},
                 "verification": {"epochs"},
                 "tier1": {"report_every", "data_fractions"}
-                | ({"warmup_fraction"} if self.spec.tier1.warmup_fraction is not None else set()),
+                | ({"warmup_fraction"} if self.spec.tier1.warmup_fraction else set()),
             }
         )
         return f"{self.data.digest} {spec}{'' if self.read_test else ' without test'}"
@@ -172,7 +172,7 @@ class TrainingObjective(JobObjective):
         """
         full = full_rung(self.spec, len(self.data.train))
         asked = self.spec.tier1.warmup_fraction
-        if asked is None or rung.samples_seen >= full.samples_seen:
+        if not asked or rung.samples_seen >= full.samples_seen:
             return recipe.warmup_fraction
         return max(asked, recipe.warmup_fraction)
 
