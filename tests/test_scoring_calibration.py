@@ -322,3 +322,21 @@ def test_a_whole_that_is_worse_than_validation_is_left_for_validation_alone(monk
     assert "all of it stayed out" in found.sentence
     assert "The score is validation_accuracy alone." in found.sentence
     pd.testing.assert_frame_equal(found.table, score(table, preset="validation").table)
+
+
+@pytest.mark.parametrize("num_features", [4, 60])
+def test_eigenpairs_within_the_span_of_the_columns_are_those_of_the_whole_matrix(num_features):
+    rng = np.random.default_rng(0)
+    study, phi = np.arange(60) % 2, rng.normal(size=(60, num_features)) / 4
+    data = Finished(
+        study, rng.normal(size=60), rng.normal(size=(60, 2)), phi, rng.normal(size=(60, 3))
+    )
+    same = (study[:, None] == study[None, :]).astype(float)
+    alike = 0.7 + 0.3 * same
+    for use_h in (True, False):
+        for point in Mixture(data, use_h=use_h, use_2=True).points[::11]:
+            whole = 0.1 * same + data.x @ point.slopes @ data.x.T * alike
+            whole += point.surface * phi @ phi.T * alike + point.metrics * data.r @ data.r.T / 3
+            again = (point.vectors * point.values) @ point.vectors.T
+            assert again == pytest.approx(whole, abs=1e-9)
+            assert point.vectors.T @ point.vectors == pytest.approx(np.eye(60), abs=1e-10)

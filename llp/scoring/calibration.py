@@ -308,11 +308,11 @@ def _weights(
         weights["h: smoothed"], errors["h: smoothed"] = float(mean[1]), float(deviation[1])
         omega = slice(2, 2 + phi.shape[1])
         values = phi @ mean[omega]
-        spread = np.zeros(len(phi))
+        covariance = np.zeros((phi.shape[1], phi.shape[1]))  # law of total variance
         for posterior, part in zip(posteriors, share, strict=True):
-            own = posterior.covariance[omega, omega]
-            off = phi @ (posterior.mean[omega] - mean[omega])
-            spread += part * (np.einsum("ij,jk,ik->i", phi, own, phi) + off**2)
+            off = posterior.mean[omega] - mean[omega]
+            covariance += part * (posterior.covariance[omega, omega] + np.outer(off, off))
+        spread = ((phi @ covariance) * phi).sum(axis=1)
         weights["h: surface"] = float(values.std())
         errors["h: surface"] = float(np.sqrt(np.clip(spread, 0, None).mean()))
     for name in metrics:

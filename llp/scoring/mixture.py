@@ -115,6 +115,8 @@ class Mixture:
         alike = _alike(self.same, SLOPE_CORRELATION)
         surface = data.phi @ data.phi.T * _alike(self.same, SURFACE_CORRELATION)
         metrics = data.r @ data.r.T / max(1, data.r.shape[1])
+        span = _Span(self._columns())
+        inside_surface, inside_metrics = span.inside(surface), span.inside(metrics)
         strengths = [
             (h, t2)
             for h in (SURFACES if self.use_h and data.phi.shape[1] else (0.0,))
@@ -124,8 +126,9 @@ class Mixture:
         for prior, slopes, chance in slope_priors(data.x.shape[1], self.use_h):
             base = VARIANCE_EFFECT * self.same + data.x @ slopes @ data.x.T * alike
             residual = data.y - data.x @ prior
+            inside = span.inside(base)
             for h, t2 in strengths:
-                values, vectors = np.linalg.eigh(base + h * surface + t2 * metrics)
+                values, vectors = span.eigh(inside + h * inside_surface + t2 * inside_metrics)
                 values = np.maximum(values, 0.0)
                 projected = vectors.T @ residual
                 for noise in NOISES:
@@ -137,6 +140,15 @@ class Mixture:
                         _Point(prior, slopes, h, t2, noise, evidence, values, vectors, alpha)
                     )
         return found
+
+    def _columns(self) -> Array:
+        """Columns that every covariance of the grid is made of, shape [m, any number]."""
+        data, features = self.data, []
+        blocks = [np.ones((len(data), 1)), data.x] + ([data.phi] if self.use_h else [])
+        for study in np.unique(data.study):
+            own = (data.study == study)[:, None]
+            features += [own * block for block in blocks]
+        return np.concatenate([*features, data.r], axis=1)
 
     def weights(self) -> Array:
         """Posterior weights of the points."""
@@ -202,6 +214,38 @@ class Mixture:
             mean = np.concatenate([point.prior, np.zeros(p + k)]) + shared @ point.alpha
             covariance = prior - (projected / (point.values + point.noise)) @ projected.T
             yield Posterior(float(weights[i]), mean, covariance, point.noise)
+
+
+class _Span:
+    """Eigenpairs of symmetric matrices whose range is in the span of some columns.
+
+    With fewer columns than rows only the part inside is decomposed; what is left of an orthonormal
+    basis belongs to eigenvalue 0. For 300 trials and 105 columns that takes a fifth of the time.
+    """
+
+    def __init__(self, columns: Array) -> None:
+        num, width = columns.shape
+        self.basis: Array | None = None
+        if width < num:
+            self.basis = np.linalg.qr(columns, mode="complete")[0]
+            self.width = width
+
+    def inside(self, matrix: Array) -> Array:
+        """The matrix in the basis of the span."""
+        if self.basis is None:
+            return matrix
+        own = self.basis[:, : self.width]
+        return np.asarray(own.T @ (matrix @ own))
+
+    def eigh(self, inside: Array) -> tuple[Array, Array]:
+        """Eigenvalues [m] and eigenvectors [m, m] of the matrix that `inside` stands for."""
+        values, vectors = np.linalg.eigh(inside)
+        if self.basis is None:
+            return values, vectors
+        rest = self.basis[:, self.width :]
+        zeros = np.zeros(rest.shape[1])
+        own = self.basis[:, : self.width] @ vectors
+        return np.concatenate([values, zeros]), np.concatenate([own, rest], axis=1)
 
 
 def slope_priors(num: int, use_h: bool) -> list[tuple[Array, Array, float]]:

@@ -480,11 +480,11 @@ def _ties(
 ) -> list[tuple[Hashable, ...]]:
     """Runs of the ranking whose members cannot be told from the first one."""
     groups, start = [], 0
+    ranked = np.ascontiguousarray(draws[:, order].T)
     while start < len(order):
         end = start + 1
         while end < len(order):
-            first, other = draws[:, order[start]], draws[:, order[end]]
-            above = float((first > other).mean() + 0.5 * (first == other).mean())
+            above = 0.5 + 0.5 * float(np.sign(ranked[start] - ranked[end]).mean())
             if not 0.25 <= above <= 0.75:
                 break
             end += 1
