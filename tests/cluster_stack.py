@@ -31,6 +31,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from halting import name_of
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCKER = ROOT / "docker"
@@ -331,13 +332,12 @@ class Stack:
             request.add_header("Authorization", f"Bearer {token}")
         return _answer(request)
 
-    def trial_processes(self, number: int) -> list[psutil.Process]:
-        """Processes of a node that train."""
+    def trial_processes(self, *numbers: int) -> list[psutil.Process]:
+        """Processes of nodes that train."""
         found = []
-        for child in _descendants(self.nodes[number].pid):
-            with contextlib.suppress(psutil.Error):
-                if "Trainable" in " ".join(child.cmdline()):
-                    found.append(child)
+        for number in numbers:
+            children = _descendants(self.nodes[number].pid)
+            found += [child for child in children if "Trainable" in name_of(child)]
         return found
 
     def kill_node(self, number: int) -> int:
@@ -379,14 +379,14 @@ class Stack:
         for process in self.processes:
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(signal.SIGTERM)
-        psutil.wait_procs(list(alive.values()), timeout=10)
+        psutil.wait_procs(list(alive.values()), timeout=20)
         alive |= {p.pid: p for p in psutil.process_iter() if self._is_ours(p)}
         for each in alive.values():
             with contextlib.suppress(psutil.Error):
                 each.kill()  # psutil makes sure that the pid was not given to another
         for process in self.processes:
-            process.wait(30)
-        psutil.wait_procs(list(alive.values()), timeout=10)
+            process.wait(PATIENCE)
+        psutil.wait_procs(list(alive.values()), timeout=PATIENCE)
 
     def left_behind(self) -> list[str]:
         """Processes of this stack that still live."""

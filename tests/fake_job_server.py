@@ -221,9 +221,9 @@ def serving(cluster: FakeCluster, port: int = 0) -> Iterator[FakeCluster]:
     try:
         yield cluster
     finally:
-        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(10)
+        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(60)
         loop.call_soon_threadsafe(loop.stop)
-        thread.join(10)
+        thread.join(60)
         loop.close()
 
 

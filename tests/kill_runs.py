@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from halting import halted_at_work, name_of
 from ray_cluster import RayCluster
 from study_runs import environment, events
 
@@ -107,15 +108,11 @@ def num_lines(path: Path) -> int:
 
 
 def trainers(driver: int) -> list[psutil.Process]:
-    """The processes that a driver's Ray started and that have a job."""
-    found = []
+    """The processes that a driver's Ray started and that train."""
     with contextlib.suppress(psutil.NoSuchProcess):
-        for process in psutil.Process(driver).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                title = " ".join(process.cmdline())
-                if "Trainable" in title and "__init__" not in title:
-                    found.append(process)
-    return found
+        children = psutil.Process(driver).children(recursive=True)
+        return [process for process in children if "Trainable" in name_of(process)]
+    return []
 
 
 @dataclass
@@ -154,7 +151,7 @@ class Search:
                 self.folder, "search", "kills.yaml", "--study", self.name, *self.options
             )
 
-    def wait_for_lines(self, number: int, seconds: float = 300) -> bool:
+    def wait_for_lines(self, number: int, seconds: float = 900) -> bool:
         """Until the ledger has so many lines; False when the search ended before."""
         deadline = time.monotonic() + seconds
         while num_lines(self.ledger) < number:
@@ -176,7 +173,7 @@ class Search:
         time.sleep(chance.uniform(0, 0.4))
         return self.driver.poll() is None
 
-    def end(self, lines: list[int], seconds: float = 400) -> Killed:
+    def end(self, lines: list[int], seconds: float = 1200) -> Killed:
         """Waits for the end of the search."""
         code = self.driver.wait(timeout=seconds)
         if code != 0:
@@ -204,14 +201,14 @@ def kill_worker(folder: Path, name: str, num: int, chance: random.Random) -> Kil
     lines: list[int] = []
     before = 0
     while len(lines) < num and search.moment(chance, before, num):
-        busy = trainers(search.driver.pid)
-        if not busy:
-            before = num_lines(search.ledger)
-            continue
-        with contextlib.suppress(psutil.NoSuchProcess):
-            busy[0].kill()
-            before = num_lines(search.ledger)
-            lines.append(before)
+        busy = halted_at_work(
+            lambda: trainers(search.driver.pid), going_on=lambda: search.driver.poll() is None
+        )
+        if busy is None:
+            break
+        before = num_lines(search.ledger)
+        lines.append(before)
+        busy.kill()
     return search.end(lines)
 
 
@@ -228,11 +225,14 @@ def kill_node(folder: Path, name: str, num: int, chance: random.Random) -> Kille
         lines: list[int] = []
         before, started = 0, 2
         while len(lines) < num and search.moment(chance, before, num):
-            busy = [n for n in cluster.nodes if n != "head" and cluster.trainers(n)]
-            if not busy:
-                before = num_lines(search.ledger)
-                continue
-            doomed = chance.choice(busy)
+            nodes = [name for name in cluster.nodes if name != "head"]
+            busy = halted_at_work(
+                lambda nodes=nodes: [p for name in nodes for p in cluster.trainers(name)],
+                going_on=lambda: search.driver.poll() is None,
+            )
+            if busy is None:
+                break
+            doomed = next(name for name in nodes if busy in cluster.processes(name))
             cluster.lose(doomed)
             cluster.nodes.pop(doomed).wait()
             lines.append(num_lines(search.ledger))

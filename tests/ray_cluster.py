@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+from halting import name_of
 from study_runs import environment
 
 
@@ -116,14 +117,8 @@ class RayCluster:
         return found
 
     def trainers(self, name: str) -> list[psutil.Process]:
-        """The workers of a node that have got a trial."""
-        found = []
-        for process in self.processes(name):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                title = " ".join(process.cmdline())
-                if "Trainable" in title and "__init__" not in title:
-                    found.append(process)
-        return found
+        """The workers of a node that train."""
+        return [process for process in self.processes(name) if "Trainable" in name_of(process)]
 
     def lose(self, name: str) -> None:
         """Ends a node as a power cut does."""
@@ -136,12 +131,12 @@ class RayCluster:
         headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
         request = urllib.request.Request(self.address + path, headers=headers)
         try:
-            with urllib.request.urlopen(request, timeout=10) as answer:
+            with urllib.request.urlopen(request, timeout=60) as answer:
                 return answer.status, answer.read()
         except urllib.error.HTTPError as error:
             return error.code, error.read()
 
-    def _until_up(self, seconds: float = 180) -> None:
+    def _until_up(self, seconds: float = 400) -> None:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if self.nodes["head"].poll() is not None:
@@ -152,13 +147,14 @@ class RayCluster:
             time.sleep(0.5)
         raise TimeoutError((self.folder / "head.log").read_text())
 
-    def wait_for_nodes(self, number: int, seconds: float = 120) -> None:
+    def wait_for_nodes(self, number: int, seconds: float = 400) -> None:
         """Until the cluster has this many living nodes."""
-        deadline = time.monotonic() + seconds
+        deadline, body = time.monotonic() + seconds, b""
         while time.monotonic() < deadline:
-            _, body = self.get("/api/v0/nodes?detail=1")
-            if body.count(b'"ALIVE"') >= number:
-                return
+            with contextlib.suppress(OSError):
+                _, body = self.get("/api/v0/nodes?detail=1")
+                if body.count(b'"ALIVE"') >= number:
+                    return
             time.sleep(0.5)
         logs = "".join(path.read_text() for path in sorted(self.folder.glob("*.log")))
         raise TimeoutError(f"fewer than {number} nodes: {body!r}\n{logs}")
@@ -178,7 +174,7 @@ class RayCluster:
         for node in self.nodes.values():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(node.pid, signal.SIGTERM)
-        psutil.wait_procs(left, timeout=15)
+        psutil.wait_procs(left, timeout=20)
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ def environment(**extra: str) -> dict[str, str]:
     }
 
 
-def llp(*arguments: str, folder: Path, timeout: float = 400) -> subprocess.CompletedProcess[str]:
+def llp(*arguments: str, folder: Path, timeout: float = 900) -> subprocess.CompletedProcess[str]:
     """Runs one command of the command line to its end."""
     return subprocess.run(
         [sys.executable, "-m", "llp.cli", *arguments],
@@ -67,20 +66,25 @@ def start(*arguments: str, folder: Path) -> subprocess.Popen[bytes]:
         )
 
 
-def kill_when(
-    process: subprocess.Popen[bytes], ledger: Path, num_lines: int, timeout: float = 300
-) -> bool:
-    """SIGKILLs the driver once the ledger has `num_lines` lines; False when it ended before."""
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            return False
-        if ledger.exists() and ledger.read_bytes().count(b"\n") >= num_lines:
-            os.kill(process.pid, signal.SIGKILL)
-            process.wait()
-            return True
-        time.sleep(0.005)
-    raise TimeoutError(f"{ledger} did not reach {num_lines} lines in {timeout} s")
+def signals_itself(sent: str, where: str, count: int, *words: str) -> list[str]:
+    """A command that runs the module `words[0]` and signals itself at a point (see `dying.py`)."""
+    return [sys.executable, str(ROOT / "tests" / "dying.py"), sent, where, str(count), *words]
+
+
+def killed_at(
+    ledger: Path, num_lines: int, *arguments: str, folder: Path, timeout: float = 900
+) -> None:
+    """Runs one command, which dies by SIGKILL the moment its ledger has `num_lines` lines."""
+    done = subprocess.run(
+        signals_itself("SIGKILL", f"ledger={ledger}", num_lines, "llp.cli", *arguments),
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == -signal.SIGKILL, f"{arguments} ended: {done.stderr[-3000:]}"
+    assert ledger.read_bytes().count(b"\n") >= num_lines
 
 
 def events(ledger: Path) -> list[dict[str, Any]]:

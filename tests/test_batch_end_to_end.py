@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from study_runs import events, kill_when, llp, start
+from study_runs import events, killed_at, llp
 from typer.testing import CliRunner
 
 from llp import batch
@@ -48,8 +48,7 @@ def write(folder: Path, text: str = TINY) -> Path:
 def test_a_killed_batch_goes_on_and_repeats_nothing_that_finished(tmp_path):
     write(tmp_path)
     folder = tmp_path / "llp_batches" / "tiny"
-    process = start("batch", "tiny.yaml", folder=tmp_path)
-    assert kill_when(process, folder / "ledger.jsonl", 60)
+    killed_at(folder / "ledger.jsonl", 60, "batch", "tiny.yaml", folder=tmp_path)
     before = events(folder / "ledger.jsonl")
     finished = {e["end"]["job_id"] for e in before if e["event"] == "job_end"}
     assert 0 < len(finished) < NUM_CHOOSE + NUM_FULL

@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,11 +23,29 @@ if len(sys.argv) > 1:
     block = bytearray(b"x" * 150_000_000)
     while time.process_time() < 1.0:
         pass
-    time.sleep(1.0)
+    print("burnt", flush=True)
+    sys.stdin.read()
 else:
     subprocess.run([sys.executable, __file__, "again"], check=True)
     own, child = (resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     print(own.ru_utime + own.ru_stime + child.ru_utime + child.ru_stime)
+"""
+
+
+HELP = """
+import contextlib, io, json, pathlib, runpy, sys, traceback
+said, scripts = {}, [pathlib.Path(word) for word in sys.argv[1:]]
+for script in scripts:
+    sys.argv, out, code = [str(script), "--help"], io.StringIO(), 1
+    with contextlib.redirect_stdout(out):
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except SystemExit as end:
+            code = end.code or 0
+        except Exception:
+            print(traceback.format_exc())
+    said[script.stem] = (code, out.getvalue())
+print(json.dumps(said))
 """
 
 
@@ -48,15 +67,22 @@ def load(name: str) -> ModuleType:
     return module
 
 
+@pytest.fixture(scope="module")
+def help_of() -> dict[str, tuple[int, str]]:
+    """Name -> exit code and words of `--help`, in one process: the imports take seconds."""
+    command = [sys.executable, "-c", HELP, *(str(FOLDER / f"{name}.py") for name in NAMES)]
+    said = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    return json.loads(said.stdout.splitlines()[-1])
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_a_benchmark_says_its_command_and_has_the_common_options(name):
-    found = subprocess.run(
-        [sys.executable, str(FOLDER / f"{name}.py"), "--help"], capture_output=True, text=True
-    )
-    assert found.returncode == 0, found.stderr
-    assert f"python tests/benchmarks/{name}.py" in found.stdout
-    assert "--json" in found.stdout
-    assert "--quick" in found.stdout
+def test_a_benchmark_says_its_command_and_has_the_common_options(name, help_of):
+    code, words = help_of[name]
+    assert code == 0, words
+    assert f"python tests/benchmarks/{name}.py" in words
+    assert "--json" in words
+    assert "--quick" in words
 
 
 def test_search_takes_a_smaller_search_when_quick_and_own_overrides_last():
@@ -77,16 +103,32 @@ def test_overhead_refuses_too_few_trials_for_a_steady_state(capsys):
     assert "steady state" in capsys.readouterr().err
 
 
-def test_a_watched_tree_counts_cpu_and_memory_of_grandchildren(tmp_path):
+def test_a_watched_tree_counts_cpu_and_memory_of_grandchildren(tmp_path, monkeypatch):
     harness = load("harness")
+    whole, samples = harness.ProcessTree.memory, threading.Semaphore(0)
+
+    def counted(self, *, proportional):
+        found = whole(self, proportional=proportional)
+        if proportional:
+            samples.release()
+        return found
+
+    monkeypatch.setattr(harness.ProcessTree, "memory", counted)
     script = tmp_path / "burn.py"
     script.write_text(BURN)
-    child = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     watch = harness.Watch(child.pid)
     watch.start()
-    said, _ = child.communicate(timeout=120)
+    assert child.stdout.readline() == "burnt\n"
+    while samples.acquire(blocking=False):
+        pass
+    for _ in range(2):  # so that one sample lies wholly after the work
+        assert samples.acquire(timeout=300)
+    said, _ = child.communicate(timeout=300)
     usage = watch.finish()
-    assert usage.cpu_seconds == pytest.approx(float(said), abs=0.3)
+    assert usage.cpu_seconds == pytest.approx(float(said), abs=0.4)
     assert usage.num_processes == 2
     assert 150e6 < usage.peak_pss_bytes <= usage.peak_rss_bytes < 400e6
 

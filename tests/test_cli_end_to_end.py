@@ -44,7 +44,7 @@ def start(folder, *arguments):
 
 def llp(folder, *arguments, code=0):
     process = start(folder, *arguments)
-    out, err = process.communicate(timeout=500)
+    out, err = process.communicate(timeout=1200)
     assert process.returncode == code, err
     return out, err
 
@@ -75,13 +75,13 @@ def test_a_signal_saves_the_study_and_the_printed_line_goes_on_with_it(tmp_path,
     write(tmp_path, tier1={**SMALL["tier1"], "num_trials": 30})
     process = start(tmp_path, "search", "small.yaml", "--study", "mine")
     ledger = tmp_path / "llp_studies" / "mine" / "ledger.jsonl"
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 900
     while not (ledger.exists() and ledger.read_text().count('"event":"job_end"') >= 3):
         assert process.poll() is None
         assert time.monotonic() < deadline
-        time.sleep(0.2)
+        time.sleep(0.02)
     process.send_signal(number)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 130, err
     line = err.strip().splitlines()[-1].split()
     assert line == ["llp", "resume", "mine"]
@@ -133,7 +133,7 @@ def test_a_network_and_images_of_the_current_folder_are_searched(tmp_path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=1200,
         env=outside,
     )
     assert done.returncode == 0, done.stderr

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 from analysis_runs import make_study
 from conftest import ROOT
+from study_runs import environment, signals_itself
 from typer.testing import CliRunner
 
 from llp import cli, landscape_progress
@@ -249,22 +249,24 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_results(place: Path, how: i
     options = [*TRAIN, "--examples", "60", "--resolution", "41", "--runs", "2"]
     options += ["--set", "spectrum.num_steps=12", "--pictures", "none"]
     whole = start(*options, "--out", "whole")
-    assert whole.wait(timeout=500) == 0, whole.communicate()[1]
-    cut = start(*options, "--out", "cut")
+    assert whole.wait(timeout=1200) == 0, whole.communicate()[1]
     parts = place / "cut" / "parts"
-    deadline = time.monotonic() + 300
-    while not list(parts.glob("surface-random.chunks/*.npy")):
-        assert time.monotonic() < deadline
-        assert cut.poll() is None, cut.communicate()[1]
-        time.sleep(0.01)
-    cut.send_signal(how)
-    code = cut.wait(timeout=60)
-    assert code == (-signal.SIGKILL if how == signal.SIGKILL else 130)
+    chunks = parts / "surface-random.chunks"
+    words = ("llp.cli", "landscape", *options, "--out", "cut")
+    cut = subprocess.run(
+        signals_itself(signal.Signals(how).name, f"chunks={chunks}", 2, *words),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert cut.returncode == (-signal.SIGKILL if how == signal.SIGKILL else 130), cut.stderr
+    assert len(list(chunks.glob("*.npy"))) == 2
     done = {path.stem: path.stat().st_mtime_ns for path in parts.glob("*.json")}
     assert "sharpness-sam" in done
     assert "surface-random" not in done
     again = start(*options, "--out", "cut")
-    assert again.wait(timeout=500) == 0, again.communicate()[1]
+    assert again.wait(timeout=1200) == 0, again.communicate()[1]
     after = {path.stem: path.stat().st_mtime_ns for path in parts.glob("*.json")}
     assert {name: after[name] for name in done} == done  # nothing finished was made again
     first, second = (read_results(place / name) for name in ("whole", "cut"))
@@ -280,7 +282,7 @@ def test_points_on_ray_workers_are_those_of_this_process(place: Path) -> None:
     options += ["--only", "surfaces,lines", "--directions", "random", "--robust"]
     for name, more in (("here", []), ("there", ["--workers", "2"])):
         process = start(*options, *more, "--out", name)
-        assert process.wait(timeout=500) == 0, process.communicate()[1]
+        assert process.wait(timeout=1200) == 0, process.communicate()[1]
     here, there = (read_results(place / name)[1] for name in ("here", "there"))
     for key in here:
         assert here[key] == pytest.approx(there[key], rel=1e-6), key

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from analysis_runs import make_study
-from study_runs import kill_when, llp, start
+from study_runs import killed_at, llp
 from typer.testing import CliRunner, Result
 
 from llp.cli import app
@@ -70,9 +70,9 @@ def test_a_training_killed_with_9_goes_on_to_the_same_bits_and_is_then_only_read
     assert whole.returncode == 0, whole.stderr
     ledger = tmp_path / "llp_studies" / "killed" / "ledger.jsonl"
     again = ("train", *options, "--study", "killed", "--snapshot-seconds", "0.01")
-    assert kill_when(start(*again, folder=tmp_path), ledger, 20)
+    killed_at(ledger, 20, *again, folder=tmp_path)
     assert read_training(ledger.parent).status == "interrupted"
-    assert kill_when(start(*again, folder=tmp_path), ledger, 70)
+    killed_at(ledger, 70, *again, folder=tmp_path)
     done = llp("resume", "killed", "--json", folder=tmp_path)
     assert done.returncode == 0, done.stderr
 

@@ -564,7 +564,7 @@ def test_submit_refuses_what_is_no_job(text, message, tmp_path, capsys):
 
 def test_submit_without_a_file_says_what_it_wants():
     done = subprocess.run(
-        [sys.executable, JOBS / "submit.py"], capture_output=True, text=True, timeout=120
+        [sys.executable, JOBS / "submit.py"], capture_output=True, text=True, timeout=600
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "usage: python jobs/submit.py FILE.yaml\n"
@@ -616,7 +616,7 @@ getent)
     sleep "${LLP_FAKE_LOOKUP:-0}"
     echo "127.0.1.1 STREAM node1"; echo "192.0.2.7 STREAM node1" ;;
 ip) echo "3: $5 inet 198.51.100.4/24 brd 198.51.100.255 scope global $5" ;;
-ray) ls -l "$RAY_AUTH_TOKEN_PATH" | cut -c1-10 >>"$SEEN"; exec sleep 60 ;;
+ray) ls -l "$RAY_AUTH_TOKEN_PATH" | cut -c1-10 >>"$SEEN"; exec sleep 3000 ;;
 python)
     cat >>"$SEEN"
     until [ "$(grep -c '^-[rwx-]*$' "$SEEN")" = "${LLP_FAKE_STEPS:-2}" ]; do sleep 0.05; done
@@ -659,14 +659,14 @@ class Slurm:
         )
 
     def wait_for(self, text: str) -> None:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 300
         while not (self.seen.exists() and text in self.seen.read_text()):
             assert time.monotonic() < deadline, self.seen.read_text()
             time.sleep(0.02)
 
     def end(self) -> int:
-        code = self.process.wait(30)
-        deadline = time.monotonic() + 10
+        code = self.process.wait(300)
+        deadline = time.monotonic() + 60
         while _group(self.process.pid) and time.monotonic() < deadline:
             time.sleep(0.05)
         return code
@@ -731,7 +731,7 @@ def test_slurm_runs_a_head_and_workers_and_one_resumable_search(slurm):
 
 
 def test_slurm_makes_a_token_for_the_owner_and_takes_it_away(slurm):
-    job = slurm(LLP_FAKE_SECONDS="20")
+    job = slurm(LLP_FAKE_SECONDS="2000")
     job.wait_for("llp search")
     (token,) = (job.home / ".ray").iterdir()
     assert re.fullmatch("[0-9a-f]{64}", secret := token.read_text())
@@ -744,7 +744,7 @@ def test_slurm_makes_a_token_for_the_owner_and_takes_it_away(slurm):
 
 
 def test_slurm_puts_itself_back_before_its_time_is_up(slurm):
-    job = slurm(LLP_FAKE_SECONDS="20")
+    job = slurm(LLP_FAKE_SECONDS="2000")
     job.wait_for("llp search")
     job.process.send_signal(signal.SIGUSR1)
     assert job.end() == 130
@@ -771,7 +771,7 @@ def test_slurm_does_not_search_when_a_node_stays_away(slurm):
 
 
 def test_slurm_gives_up_after_many_starts(slurm):
-    job = slurm(LLP_FAKE_SECONDS="20", SLURM_RESTART_COUNT="3", LLP_MAX_STARTS="3")
+    job = slurm(LLP_FAKE_SECONDS="2000", SLURM_RESTART_COUNT="3", LLP_MAX_STARTS="3")
     job.wait_for("llp search")
     job.process.send_signal(signal.SIGUSR1)
     job.end()

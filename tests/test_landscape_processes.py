@@ -76,7 +76,7 @@ def test_uneven_shares_of_several_processes_are_the_whole(tmp_path: Path) -> Non
         for rank in range(len(SHARES))
     ]
     try:
-        said = [process.communicate(timeout=240)[0] for process in processes]
+        said = [process.communicate(timeout=900)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

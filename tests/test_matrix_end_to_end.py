@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 from make_study import make_events
-from study_runs import environment, events, kill_when, llp, start
+from study_runs import environment, events, killed_at, llp, signals_itself
 
 from llp import matrix
 from llp.errors import NoTrialSucceeded, SpecError, StudyError
@@ -175,11 +172,12 @@ def test_a_study_that_another_driver_runs_or_that_failed_is_told_and_passed_over
         [
             sys.executable,
             "-c",
-            "import sys, time\nfrom llp.tracking.ledger import Ledger\n"
-            "ledger = Ledger.open(sys.argv[1])\nprint('held', flush=True)\ntime.sleep(60)",
+            "import sys\nfrom llp.tracking.ledger import Ledger\n"
+            "ledger = Ledger.open(sys.argv[1])\nprint('held', flush=True)\nsys.stdin.read()",
             str(tmp_path / "llp_studies" / "tiny_10"),
         ],
         env=environment(),
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
     try:
@@ -187,7 +185,7 @@ def test_a_study_that_another_driver_runs_or_that_failed_is_told_and_passed_over
         problems = matrix.run(found, watch)
     finally:
         held.kill()
-        held.wait()
+        held.communicate()
     assert asked == ["tiny_multi"]
     assert isinstance(problems["tiny_10"], StudyError)
     assert isinstance(problems["tiny_40"], NoTrialSucceeded)
@@ -216,8 +214,7 @@ def test_a_killed_matrix_goes_on_where_it_was_and_its_pages_need_the_folders_onl
     write(tmp_path)
     studies = tmp_path / "llp_studies"
     ledgers = {name: studies / name / LEDGER_NAME for name in NAMES}
-    driver = start("report", "tiny.yaml", folder=tmp_path)
-    assert kill_when(driver, ledgers["tiny_40"], 12)
+    killed_at(ledgers["tiny_40"], 12, "report", "tiny.yaml", folder=tmp_path)
     first = ledgers["tiny_10"].read_bytes()
     before = ended(ledgers["tiny_40"])
     assert not ledgers["tiny_multi"].exists()
@@ -250,7 +247,7 @@ def test_a_killed_matrix_goes_on_where_it_was_and_its_pages_need_the_folders_onl
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=900,
     )
     assert again.returncode == 0, again.stderr
     assert digests(tmp_path / "o" / "p" / "q") == written  # as deep, so the links are the same
@@ -275,23 +272,19 @@ def test_a_killed_matrix_goes_on_where_it_was_and_its_pages_need_the_folders_onl
 @pytest.mark.slow
 def test_ctrl_c_saves_everything_and_names_the_command_that_goes_on(tmp_path):
     write(tmp_path)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "llp.cli", "report", "tiny.yaml", "--only", "tiny_40"],
+    ledger = tmp_path / "llp_studies" / "tiny_40" / LEDGER_NAME
+    words = ("llp.cli", "report", "tiny.yaml", "--only", "tiny_40")
+    stopped = subprocess.run(
+        signals_itself("SIGINT", f"ledger={ledger}", 12, *words),
         cwd=tmp_path,
         env=environment(),
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
+        capture_output=True,
         text=True,
+        timeout=900,
     )
-    ledger = tmp_path / "llp_studies" / "tiny_40" / LEDGER_NAME
-    deadline = time.monotonic() + 300
-    while not (ledger.exists() and len(ended(ledger)) >= 1):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 130, err
+    err = stopped.stderr
+    assert stopped.returncode == 130, err
+    assert events(ledger)[-1]["event"] != "finished"
     last = err.strip().splitlines()[-1]
     assert last.strip() == "llp report tiny.yaml --only tiny_40"
     done = llp(*last.split()[1:], folder=tmp_path)

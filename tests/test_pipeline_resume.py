@@ -11,7 +11,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
-from study_runs import TINY, events, kill_when, llp, start
+from study_runs import TINY, events, killed_at, llp, start
 
 from llp.driver import ProbeSource
 from llp.pipeline import make_scheduler, num_kept
@@ -113,16 +113,15 @@ def test_killed_again_and_again_a_search_ends_as_if_nothing_had_happened(uninter
     (tmp_path / "tiny.yaml").write_text(TINY)
     ledger = tmp_path / "llp_studies" / "cut" / "ledger.jsonl"
     total = len(uninterrupted)
-    process = start("search", "tiny.yaml", "--study", "cut", folder=tmp_path)
-    kills = 0
+    command = ("search", "tiny.yaml", "--study", "cut")
     for share in (0.02, 0.2, 0.45, 0.7, 0.9):
         lines = max(2, int(share * total))
         if ledger.exists():
             lines = max(lines, ledger.read_bytes().count(b"\n") + 8)
-        kills += kill_when(process, ledger, lines)
-        process = start("resume", "cut", folder=tmp_path)
-    assert process.wait(timeout=400) == 0, (tmp_path / "driver.log").read_text()[-3000:]
-    assert kills >= 4
+        killed_at(ledger, lines, *command, folder=tmp_path)
+        command = ("resume", "cut")
+    done = llp("resume", "cut", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
     log = events(ledger)
     assert decisions(log) == decisions(uninterrupted)
     assert outcomes(log) == outcomes(uninterrupted)
@@ -145,8 +144,8 @@ def test_replaying_a_ledger_of_several_workers_gives_every_decision_again(tmp_pa
     (tmp_path / "tiny.yaml").write_text(TINY)
     overrides = ["--set", "resources.num_cpus=3", "--set", "resources.max_concurrent=3"]
     ledger = tmp_path / "llp_studies" / "many" / "ledger.jsonl"
-    process = start("search", "tiny.yaml", "--study", "many", *overrides, folder=tmp_path)
-    assert kill_when(process, ledger, 60)
+    words = ("search", "tiny.yaml", "--study", "many", *overrides)
+    killed_at(ledger, 60, *words, folder=tmp_path)
     done = llp("resume", "many", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert check_replay(events(ledger)) >= 12
@@ -156,12 +155,12 @@ def test_interrupting_saves_the_state_and_says_how_to_go_on(tmp_path):
     (tmp_path / "tiny.yaml").write_text(TINY)
     ledger = tmp_path / "llp_studies" / "stop" / "ledger.jsonl"
     process = start("search", "tiny.yaml", "--study", "stop", folder=tmp_path)
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 600
     while not (ledger.exists() and ledger.read_bytes().count(b"\n") > 10):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.terminate()
-    assert process.wait(timeout=60) == 130
+    assert process.wait(timeout=300) == 130
     assert "llp resume stop" in (tmp_path / "driver.log").read_text()
 
 
@@ -195,7 +194,7 @@ def test_a_second_driver_is_refused_by_name(tmp_path):
     (tmp_path / "tiny.yaml").write_text(TINY)
     ledger = tmp_path / "llp_studies" / "two" / "ledger.jsonl"
     process = start("search", "tiny.yaml", "--study", "two", folder=tmp_path)
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 600
     while not (ledger.exists() and ledger.read_bytes().count(b"\n") > 3):
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -205,7 +204,7 @@ def test_a_second_driver_is_refused_by_name(tmp_path):
     finally:
         os.kill(process.pid, signal.SIGCONT)
         process.terminate()
-        process.wait(timeout=60)
+        process.wait(timeout=300)
     assert second.returncode == 4
     assert str(process.pid) in second.stderr
 
@@ -217,8 +216,7 @@ def test_a_killed_search_of_another_scheduler_goes_on_and_replays(tmp_path, sche
     if scheduler == "freeze_thaw":
         chosen += ["--set", "tier1.scheduler_options.wave=6"]
     ledger = tmp_path / "llp_studies" / "cut" / "ledger.jsonl"
-    process = start("search", "tiny.yaml", "--study", "cut", *chosen, folder=tmp_path)
-    assert kill_when(process, ledger, 60)
+    killed_at(ledger, 60, "search", "tiny.yaml", "--study", "cut", *chosen, folder=tmp_path)
     done = llp("resume", "cut", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     log = events(ledger)

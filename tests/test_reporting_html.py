@@ -432,7 +432,7 @@ def test_chromium_runs_the_sorter_and_nothing_hostile(tmp_path: Path) -> None:
         [browser, *flags, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", path.as_uri()],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=True,
     )
     dom = Page(done.stdout)

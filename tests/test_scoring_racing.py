@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 from scipy.stats import norm, ttest_rel
-from study_runs import TINY, events, kill_when, llp, start
+from study_runs import TINY, events, killed_at, llp
 
 from llp.errors import SpecError
 from llp.records import RaceLook, Verification, from_plain, to_plain
@@ -199,12 +199,12 @@ def test_a_race_that_is_killed_takes_the_same_decisions(tmp_path):
     assert done.returncode == 0, done.stderr
     whole = events(studies / "whole" / "ledger.jsonl")
     first = next(k for k, e in enumerate(whole) if e["event"] == "race")
-    process = start("search", "tiny.yaml", "--study", "cut", *RACE, folder=tmp_path)
-    assert kill_when(process, studies / "cut" / "ledger.jsonl", first - 3)
-    process = start("resume", "cut", folder=tmp_path)
-    assert kill_when(process, studies / "cut" / "ledger.jsonl", first + 8)
+    ledger = studies / "cut" / "ledger.jsonl"
+    search = ("search", "tiny.yaml", "--study", "cut", *RACE)
+    killed_at(ledger, first - 3, *search, folder=tmp_path)
+    killed_at(ledger, first + 8, "resume", "cut", folder=tmp_path)
     assert llp("resume", "cut", folder=tmp_path).returncode == 0
-    cut = events(studies / "cut" / "ledger.jsonl")
+    cut = events(ledger)
     looks = [[e["look"] for e in log if e["event"] == "race"] for log in (whole, cut)]
     assert looks[0] == looks[1]
     assert len(looks[0]) >= 2

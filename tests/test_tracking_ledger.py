@@ -271,7 +271,7 @@ def test_of_many_drivers_at_once_exactly_one_gets_the_study(tmp_path: Path) -> N
     drivers = [run_python(code, folder) for _ in range(5)]
     try:
         losers = []
-        for _ in range(200):
+        for _ in range(3000):
             losers = [driver for driver in drivers if driver.poll() is not None]
             if len(losers) == 4:
                 break
