@@ -36,7 +36,7 @@ from halting import name_of
 ROOT = Path(__file__).resolve().parent.parent
 DOCKER = ROOT / "docker"
 MARK = "LLP_STACK_TEST"
-PATIENCE = 240.0
+PATIENCE = 600.0
 """Seconds for anything to come up: MLflow makes its tables in over a minute on a busy machine."""
 
 

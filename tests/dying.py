@@ -69,6 +69,8 @@ def signal_after(method: str, due: Callable[[], bool], number: int) -> None:
 def main(sent: str, where: str, count: str, module: str, *arguments: str) -> None:
     """Runs the module as `python -m` does."""
     number, least = signal.Signals[sent], int(count)
+    # What is started by tests in the background may ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     kind, _, path = where.partition("=")
     if kind in MOMENTS:
         method, progress = MOMENTS[kind]

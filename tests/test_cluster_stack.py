@@ -129,7 +129,9 @@ def searched(stack, whole) -> Searched:
 
     def wait_for_lines(number: int) -> None:
         wait_until(
-            lambda: lines() >= number or submit.poll() is not None, f"{number} lines of the ledger"
+            lambda: lines() >= number or submit.poll() is not None,
+            f"{number} lines of the ledger",
+            3 * PATIENCE,
         )
         assert submit.poll() is None, (stack.logs / "submit.log").read_text()[-3000:]
 

@@ -12,8 +12,10 @@ import pytest
 from conftest import ROOT
 from make_study import make_events
 from study_runs import environment, events, killed_at, llp, signals_itself
+from typer.testing import CliRunner
 
 from llp import matrix
+from llp.cli import app
 from llp.errors import NoTrialSucceeded, SpecError, StudyError
 from llp.spec import digest
 from llp.spec.matrix import load_matrix
@@ -192,12 +194,14 @@ def test_a_study_that_another_driver_runs_or_that_failed_is_told_and_passed_over
     assert "everything diverged" in str(problems["tiny_40"])
 
 
-def test_an_option_of_a_matrix_is_refused_for_a_study(tmp_path):
-    done = llp("report", "some_study", "--render-only", folder=tmp_path)
-    assert done.returncode == 2
+def test_an_option_of_a_matrix_is_refused_for_a_study(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["report", "some_study", "--render-only"])
+    assert done.exit_code == 2
     assert "report matrix" in done.stderr
-    done = llp("report", "reports/cifar11.yaml", folder=ROOT)
-    assert done.returncode == 2
+    monkeypatch.chdir(ROOT)
+    done = CliRunner().invoke(app, ["report", "reports/cifar11.yaml"])
+    assert done.exit_code == 2
     assert "did you mean 'reports/cifar10.yaml'" in done.stderr
 
 
