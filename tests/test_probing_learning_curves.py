@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from scipy import integrate, stats
+from scipy import integrate, special, stats
 
 from llp.errors import DataError
 from llp.probing import curve_evaluation, curve_fitting, curve_prior, learning_curves
@@ -81,6 +81,35 @@ def test_quantiles_of_a_mixture_match_root_finding():
         (found[:, None] - places[:, :, None]) / scales[:, :, None]
     )).sum(axis=1)  # fmt: skip
     np.testing.assert_allclose(below, np.broadcast_to(LEVELS, below.shape), atol=0.02)
+
+
+def test_mixture_quantiles_are_those_of_the_textbook_formula_to_rounding():
+    """With `expit`, which takes twice as long; far tails and tiny scales included."""
+    rng = np.random.default_rng(5)
+    for scale in (1e-3, 1.0):
+        weights = rng.dirichlet(np.ones(31), 6)
+        places, scales = rng.normal(size=(6, 31)), scale * np.exp(rng.normal(0, 2, (6, 31)))
+        grid = (places[:, :, None] + scales[:, :, None] * curve_prior._NODE_LOGITS).reshape(6, -1)
+        grid.sort(axis=1)
+        parts = special.expit((grid[:, None] - places[:, :, None]) / scales[:, :, None])
+        below = np.clip((weights[:, :, None] * parts).sum(axis=1), 1e-12, 1 - 1e-12)
+        logit = np.log(below) - np.log1p(-below)
+        expected = [np.interp(LOGITS, *pair) for pair in zip(logit, grid, strict=True)]
+        found = curve_prior._mixture_quantiles(weights, places, scales)
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-11 * scale)
+
+
+def test_curves_that_are_all_over_are_told_as_when_one_is_not():
+    """All at the horizon: no forecast is made; the batch is described the same either way."""
+    rng = np.random.default_rng(2)
+    curves = np.sort(rng.random((6, 9)), axis=1)[:, ::-1]
+    over = extrapolate(curves, horizon=9)
+    batch = compact(np.tile(np.arange(1.0, 10), (6, 1)), curves, np.full(6, 9.0))
+    described = describe(batch)
+    width = np.maximum(described.noise, 1e-6) * np.sqrt(3) / np.pi
+    slope = np.exp(described.unit.log_slope(described.anchor))
+    expected = curves[:, -1:] + (width * slope)[:, None] * LOGITS
+    np.testing.assert_allclose(over.costs, expected, rtol=0, atol=1e-11)
 
 
 def test_density_is_the_slope_of_the_probability_and_integrates_to_one():

@@ -223,9 +223,15 @@ def _mixture_quantiles(weights: Floats, places: Floats, scales: Floats) -> Float
     num = len(weights)
     grid = (places[:, :, None] + scales[:, :, None] * _NODE_LOGITS).reshape(num, -1)
     grid.sort(axis=1)
-    below = np.zeros_like(grid)
-    for k in range(weights.shape[1]):
-        below += weights[:, k, None] * expit((grid - places[:, k, None]) / scales[:, k, None])
+    below, part = np.zeros_like(grid), np.empty_like(grid)
+    for k in range(weights.shape[1]):  # weight / (1 + exp(-x)): half the time of `expit`
+        np.subtract(places[:, k, None], grid, out=part)
+        part /= scales[:, k, None]
+        np.minimum(part, 700.0, out=part)
+        np.exp(part, out=part)
+        part += 1.0
+        np.divide(weights[:, k, None], part, out=part)
+        below += part
     below = np.clip(below, 1e-12, 1 - 1e-12)
     logit = np.log(below) - np.log1p(-below)
     return np.stack([np.interp(LOGITS, logit[i], grid[i]) for i in range(num)])

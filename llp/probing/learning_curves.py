@@ -239,6 +239,8 @@ def _forecast(batch: Curves, ended: Curves | None, prior: Prior) -> Floats:
     table = np.empty((len(batch), len(LEVELS)))
     if ended is None:
         described = describe(batch)
+        if over.all():  # nothing to forecast
+            return _observed(batch, described)
         table[:] = described.unit.value(prior.quantiles(described))
         table[over] = _observed(batch, described)[over]
         return table
