@@ -27,15 +27,17 @@ networks, 15 finished of 200; tau, and regret in points, of all of it before the
     worse: length scale 2 (-.006), relevances averaged with random ones (-.003), equal relevances
     (-.009), random forests for the smoothed signal (-.004 in tau of signal and smoothed signal).
 
-Tried later on all nine families, 15 finished of 200, 3 draws (score: tau .651, better .092), and not in
-the product, as nothing gains in every family:
+Tried later on all nine families, 15 finished of 200, 3 draws (score: tau .651, better .092), and
+not in the product, as nothing gains in every family:
     extremely randomized trees on hyperparameters, T1 and the score, fitted to the finished trials:
-    alone .626, better .118. With weight .3 beside the score .651: simulated tables +.000, +.003, +.009
-    and +.004, TaskSet -.007, hpolib -.003, nasbench201 -.004. With a weight by cross-validation .649.
-    choosing the first by the lower end of its interval: tau .650, better .083, but regret 1.32 / 2.58 /
-    1.52 / 0.58 points on the simulated tables in place of 1.47 / 2.48 / 1.35 / 0.83; by P(best): tau
-    .627, better .097. No, a quarter, 1, 1.5 and 2 standard deviations subtracted in place of half of
-    one: .650, .650, .651, .649, .648; better .090 to .094; 1 has regret 1.46 / 2.48 / 1.61 / 0.60.
+    alone .626, better .118. With weight .3 beside the score .651: simulated tables +.000, +.003,
+    +.009 and +.004, TaskSet -.007, hpolib -.003, nasbench201 -.004. With a weight by
+    cross-validation .649.
+    choosing the first by the lower end of its interval: tau .650, better .083, but regret 1.32 /
+    2.58 / 1.52 / 0.58 points on the simulated tables in place of 1.47 / 2.48 / 1.35 / 0.83; by
+    P(best): tau .627, better .097. No, a quarter, 1, 1.5 and 2 standard deviations subtracted in
+    place of half of one: .650, .650, .651, .649, .648; better .090 to .094; 1 has regret 1.46 /
+    2.48 / 1.61 / 0.60.
 
     python tests/benchmarks/scoring.py [--quick] [--json FILE]
 """
