@@ -322,6 +322,6 @@ def test_a_tiny_run_of_overhead_measures_every_part(tmp_path):
     assert [short[name]["num_jobs"] for name in ("bare", "engine", "function")] == [12, 12, 4]
     assert all(short[name]["num_failed"] == 0 for name in ("bare", "engine", "function"))
     assert short["function"]["num_processes"] == 4  # Tune's default: a process for every trial
-    assert short["engine"]["num_processes"] <= 3
+    assert short["engine"]["num_processes"] <= 6  # reused; how often depends on what ends at once
     assert 0 < short["bare"]["cpu_seconds_per_job"] < short["engine"]["cpu_seconds_per_job"]
     assert 0 <= figures["long"]["lost_share"] < 1

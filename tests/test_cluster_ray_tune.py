@@ -85,17 +85,23 @@ def local_ray():
         yield
 
 
-def run(source: Listed, folder: Path, **options: Any) -> None:
-    run_jobs(source, Toy(folder), resources=Resources(cpus=1), folder=folder, **options)
+ONE_CPU = Resources(cpus=1)
+
+
+def run(source: Listed, folder: Path, resources: Resources = ONE_CPU, **options: Any) -> None:
+    run_jobs(source, Toy(folder), resources=resources, folder=folder, **options)
 
 
 def test_workers_are_reused_from_job_to_job(tmp_path):
-    source = Listed(["fine"] * 12)
-    run(source, tmp_path)
-    assert Counter(end.outcome for _, end in source.ends) == {"completed": 12}
-    processes = {int(report.train_loss) for _, report in source.reports}
-    assert len(processes) <= 3, "a new process for every job: actors are not reused"
-    assert source.most_at_once == 2
+    for most, num_jobs in ((1, 6), (2, 12)):
+        source = Listed(["fine"] * num_jobs)
+        run(source, tmp_path, Resources(cpus=1, max_concurrent=most))
+        assert Counter(end.outcome for _, end in source.ends) == {"completed": num_jobs}
+        processes = {int(report.train_loss) for _, report in source.reports}
+        # Of two jobs that end at once, before the next is there, Tune keeps one process only.
+        allowed = 1 if most == 1 else num_jobs // 2
+        assert len(processes) <= allowed, "a new process for every job: actors are not reused"
+        assert source.most_at_once == most
 
 
 def test_every_report_arrives_once_and_in_order(tmp_path):
