@@ -21,7 +21,6 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import update_bn
 
 from llp.cluster.ray_tune import Resources, hostname, ray_session, run_jobs
 from llp.driver import (
@@ -36,6 +35,7 @@ from llp.errors import NoTrialSucceeded, SpecError, StudyError, unknown
 from llp.flatness.profile import CallableFlatnessObjective
 from llp.flatness.refinements import averaged
 from llp.optim.sam import SharpnessAware
+from llp.optim.wrapper import estimate_statistics
 from llp.probing.budgets import ladder
 from llp.probing.promotion import Asha
 from llp.protocols import Objective, Report
@@ -494,7 +494,7 @@ class _SwaObjective:
         device = torch.device(self._training.device or "cpu")
         setup = self._training.prepare(replace(job, start_from=end.checkpoint), device)
         average = averaged(setup, self._epochs, device)
-        update_bn(setup.train.epoch(0), average, device)
+        estimate_statistics(average, setup.train.epoch(0), device)
         state = {"format": 1, "model": checkpoint.to_cpu(average.module.state_dict())}
         checkpoint.save(_average_path(end.checkpoint), state, root=self._training.folder)
         return replace(end, samples_seen=end.samples_seen + self._epochs * job.rung.num_examples)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, up
 
 from llp import registry
 from llp.errors import SpecError
-from llp.optim import averaging
+from llp.optim import averaging, wrapper
 
 
 def network() -> nn.Sequential:
@@ -130,6 +131,36 @@ def test_statistics_after_refresh_are_those_recomputed_by_hand() -> None:
     reference.module.load_state_dict(average.module.state_dict())
     update_bn(data(), reference)
     assert torch.equal(norm.running_var, reference.module[1].running_var)
+
+
+def test_no_layer_asks_for_the_number_of_batches(monkeypatch) -> None:
+    """That would make the host wait for the GPU in every layer of every batch."""
+    model = network()
+    seen: list[float | None] = []
+    forward = nn.BatchNorm1d.forward
+
+    def watched(self: nn.BatchNorm1d, inputs: torch.Tensor) -> torch.Tensor:
+        seen.append(self.momentum)
+        return forward(self, inputs)
+
+    monkeypatch.setattr(nn.BatchNorm1d, "forward", watched)
+    num_batches = len(list(data()))
+    assert wrapper.estimate_statistics(model, data()) == 80
+    assert seen == [1 / number for number in range(1, num_batches + 1)]
+    assert model[1].momentum == nn.BatchNorm1d(1).momentum
+
+
+def test_an_error_in_the_middle_leaves_mode_and_momentum() -> None:
+    model = network().eval()
+
+    def broken() -> Any:
+        yield from itertools.islice(data(), 1)
+        raise OSError("gone")
+
+    with pytest.raises(OSError, match="gone"):
+        wrapper.estimate_statistics(model, broken())
+    assert not model.training
+    assert model[1].momentum == nn.BatchNorm1d(1).momentum
 
 
 def test_without_batch_norm_no_data_is_read() -> None:

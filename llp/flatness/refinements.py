@@ -24,12 +24,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel, update_bn
+from torch.optim.swa_utils import AveragedModel
 
 from llp.flatness.context import MetricContext
 from llp.optim.entropy_sgd import EntropySGD
 from llp.optim.sam import SharpnessAware
-from llp.optim.wrapper import Wrapper, gradients_per_step
+from llp.optim.wrapper import Wrapper, estimate_statistics, gradients_per_step
 from llp.records import Measurement
 from llp.training import loop, schedules
 from llp.training.jobs import Setup
@@ -68,7 +68,7 @@ def swa_gain(context: MetricContext) -> list[Measurement]:
         passes = several if same_batch else 1
         context.spent.training_examples += passes * epochs * setup.train.num_examples
         if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in average.modules()):
-            update_bn(context.batches, average, device)
+            estimate_statistics(average, context.batches, device)
             context.spent.add(1 / 3, alone=1 / 3)
         note = f"{int(average.n_averaged)} averages, {epochs} epochs, "
         return average.module, f"{note}{LEARNING_RATE_SHARE:g} x peak learning rate"
@@ -184,7 +184,7 @@ def _continued(
 def averaged(setup: Setup, epochs: int, device: torch.device) -> AveragedModel:
     """Trains `setup` on at half its peak learning rate and returns the average of its weights.
 
-    Batch-norm statistics of the average are not re-estimated: that is `swa_utils.update_bn`.
+    Batch-norm statistics of the average are not re-estimated: that is `estimate_statistics`.
     """
     for group in setup.optimizer.param_groups:
         group["lr"] *= LEARNING_RATE_SHARE

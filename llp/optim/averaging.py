@@ -11,7 +11,7 @@ EMA: `a <- d a + (1 - d) w` after every step, with `d = min(ema_decay, (1 + n) /
 `ExponentialMovingAverage`).
 
 The judged network is then the average, with batch-norm statistics estimated at the average
-(`torch.optim.swa_utils.update_bn`). The numbers are those of torch's `AveragedModel`; that class is
+(`wrapper.estimate_statistics`). The numbers are those of torch's `AveragedModel`; that class is
 not used in the step because it asks the GPU for the number of averages each time.
 
 Every row of `registry.AVERAGINGS` is `row(model, *, num_steps, **options) -> WeightAverage | None`,
@@ -27,10 +27,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
 
 from llp import registry
 from llp.errors import SpecError, unknown
+from llp.optim.wrapper import estimate_statistics
 
 Schedule = Callable[[int], float]
 """Step of the job -> multiplier of the peak learning rates."""
@@ -111,12 +111,7 @@ class WeightAverage:
         """
         for own, new in zip(self.module.buffers(), self._model.buffers(), strict=True):
             own.copy_(new)
-        kinds = nn.modules.batchnorm._BatchNorm
-        if not any(isinstance(module, kinds) for module in self.module.modules()):
-            return 0
-        seen = _Counted(batches)
-        update_bn(seen, self.module)
-        return seen.num_examples
+        return estimate_statistics(self.module, batches)
 
     def state_dict(self) -> dict[str, Any]:
         """Weights of the average and how far it is."""
@@ -126,18 +121,6 @@ class WeightAverage:
         """Puts back what `state_dict` returned."""
         self.module.load_state_dict(state["module"])
         self.count, self._taken = state["count"], state["taken"]
-
-
-class _Counted:
-    """Batches, and how many examples were in them."""
-
-    def __init__(self, batches: Iterable[Any]) -> None:
-        self._batches, self.num_examples = batches, 0
-
-    def __iter__(self) -> Any:
-        for batch in self._batches:
-            self.num_examples += len(batch[1])
-            yield batch
 
 
 def build(name: str, model: nn.Module, *, num_steps: int, **options: Any) -> WeightAverage | None:

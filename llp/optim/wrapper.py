@@ -204,6 +204,47 @@ def batch_norms(model: nn.Module) -> list[BatchNorm]:
     ]
 
 
+@torch.no_grad()
+def estimate_statistics(
+    model: nn.Module, batches: Iterable[Any], device: torch.device | None = None
+) -> int:
+    """Batch-norm statistics of `model` anew: the plain mean over `batches`, in training mode.
+
+    The numbers, to the bit, and the training mode afterwards are those of
+    `torch.optim.swa_utils.update_bn`. That one lets every layer ask the GPU for the number of
+    batches in every batch: an epoch of it on CIFAR-10 took 38 to 115 s on an H200 shared by ten
+    trainings, beside 13 s for an epoch of training.
+
+    Args:
+        model: Its statistics are written; without batch norm nothing is read.
+        batches: Inputs, or tuples of which the first is the inputs.
+        device: Where the inputs go; default: they stay where they are.
+
+    Returns:
+        Examples that went through the network.
+    """
+    layers = [module for module in model.modules() if isinstance(module, BatchNorm)]
+    if not layers:
+        return 0
+    momenta, was_training = [layer.momentum for layer in layers], model.training
+    for layer in layers:
+        layer.reset_running_stats()
+    model.train()
+    num_examples = 0
+    try:
+        for number, batch in enumerate(batches, start=1):
+            inputs = batch[0] if isinstance(batch, list | tuple) else batch
+            for layer in layers:
+                layer.momentum = 1.0 / number
+            model(inputs if device is None else inputs.to(device))
+            num_examples += len(inputs)
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+        model.train(was_training)
+    return num_examples
+
+
 @contextlib.contextmanager
 def statistics_frozen(modules: Iterable[BatchNorm]) -> Iterator[None]:
     """Batch norm normalises by the batch as in training, without updating running statistics.
