@@ -9,10 +9,10 @@ search: $(VENV)/installed ## install, then run the whole search on scikit-learn'
 	$(BIN)/llp search digits
 
 test: $(VENV)/tests-installed ## the tests, without the slow ones
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-slow: $(VENV)/tests-installed ## the slow tests: minutes, real searches, kills
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
 
 lint: $(VENV)/tests-installed ## ruff and mypy
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

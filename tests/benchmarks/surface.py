@@ -114,6 +114,8 @@ def show(name: str, part: dict[str, Any]) -> None:
 
 def show_gpu(part: dict[str, Any]) -> None:
     """The table of the GPU."""
+    for line in part["missing"]:
+        print(f"not measured: {line}")
     rows = [
         [
             name,
@@ -221,6 +223,7 @@ def measure_gpu(
     clock = time.perf_counter if on_gpu else time.process_time
     wait = torch.cuda.synchronize if on_gpu else lambda: None
     rows: dict[str, Any] = {}
+    missing: list[str] = []
     for count in sorted({max(1, num_examples // 32), num_examples}):
         batches = [
             (inputs[start : min(start + 1024, count)], targets[start : min(start + 1024, count)])
@@ -247,14 +250,19 @@ def measure_gpu(
             continue
         wait()
         started = clock()
-        _peer(model, inputs[:count], targets[:count], steps=PEER_RESOLUTION)
+        try:
+            _peer(model, inputs[:count], targets[:count], steps=PEER_RESOLUTION)
+        except RuntimeError as error:  # 3.0.6 makes its directions on the CPU
+            missing = [f"loss-landscapes: {error}"]
+            continue
         wait()
         rows[f"{count} examples, loss-landscapes"] = {
             "seconds": clock() - started,
             "num_points": PEER_RESOLUTION**2,
             "how": "one batch, point by point",
         }
-    return {"device": torch.cuda.get_device_name() if on_gpu else "CPU", "rows": rows}
+    name = torch.cuda.get_device_name() if on_gpu else "CPU"
+    return {"device": name, "rows": rows, "missing": missing}
 
 
 def _peer(model: Any, inputs: Any, targets: Any, steps: int = RESOLUTION) -> Any:
