@@ -246,6 +246,7 @@ def _require_same(batch: Batch, data: Mapping[str, ImageData], study: Study) -> 
     """Refuses a folder with something else than this batch, or with changed runs of it."""
     if study.header.get("kind") != "batch":
         raise StudyError(f"{batch.folder} holds a study that is no batch; name the batch otherwise")
+    _require_same_tracking(batch, study)
     images: dict[str, str] = {}
     for event in study.history:
         if event["event"] == "batch":
@@ -260,6 +261,19 @@ def _require_same(batch: Batch, data: Mapping[str, ImageData], study: Study) -> 
     for run in batch.runs.values():
         for one in candidates(run) or finals(run):
             _require_known(batch, one, known)
+
+
+def _require_same_tracking(batch: Batch, study: Study) -> None:
+    """All of a batch is shipped to where its first line says."""
+    began = study.header["spec"]["tracking"]
+    for key in ("uri", "experiment"):
+        now = getattr(batch.tracking, key)
+        if batch.tracking.mlflow and now != began[key]:
+            raise StudyError(
+                f"tracking.{key} was {began[key] or 'not set'} when {batch.folder} began, and is "
+                f"{now or 'not set'} now; all runs of a batch go to one place: set it as it was "
+                f"(--set defaults.tracking.{key}=...), or name the batch otherwise"
+            )
 
 
 def _fingerprints(study: Study) -> dict[str, str]:

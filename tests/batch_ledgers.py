@@ -76,7 +76,7 @@ def make_ledger(
     data: Any = dict.fromkeys(batch.runs, Images())
     generator = np.random.default_rng(seed)
     shared = generator.normal(0, 0.01, 100)
-    with _Lines(batch.folder, batch.name) as ledger:
+    with _Lines(batch) as ledger:
         ledger.append("opened", host="h", pid=1)
         ledger.append("batch", batch=_definition(batch, data, list(batch.runs)), command="llp")
         trained = []
@@ -111,8 +111,9 @@ def make_ledger(
 class _Lines:
     """Collects events and writes them all at once: an fsync a line would take seconds."""
 
-    def __init__(self, folder: Path, name: str) -> None:
-        self._folder, self._name = folder, name
+    def __init__(self, batch: Batch) -> None:
+        self._folder, self._name = batch.folder, batch.name
+        self._spec = next(iter(batch.runs.values())).spec.model_dump(mode="json")
         self._events: list[tuple[str, dict[str, Any]]] = []
 
     def append(self, event: str, **payload: Any) -> None:
@@ -122,7 +123,7 @@ class _Lines:
         return self
 
     def __exit__(self, *error: object) -> None:
-        header = {"kind": "batch", "spec": {}, "spec_digest": "", "environment": {}}
+        header = {"kind": "batch", "spec": self._spec, "spec_digest": "", "environment": {}}
         with Ledger.create(self._folder, study_id=self._name, **header) as ledger:
             ledger.append_many(self._events)
 

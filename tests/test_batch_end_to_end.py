@@ -200,3 +200,24 @@ def test_other_images_than_those_it_began_with_are_refused(tmp_path, monkeypatch
     found = make_ledger(tmp_path, text=text, levels={"a": 0.9})
     with pytest.raises(StudyError, match="the images of the run a are not those"):
         batch.run(found)
+
+
+def test_another_place_in_mlflow_than_it_began_with_is_refused(tmp_path):
+    from batch_ledgers import Images
+
+    path = tmp_path / "n.yaml"
+    path.write_text("version: 1\nname: n\nbase: digits\nruns: {a: {}}\n")
+
+    def loaded(*overrides: str):
+        return load_batch(path, [f"defaults.output.root={tmp_path}", *overrides])
+
+    here, there = (f"defaults.tracking.uri=sqlite:///{name}.db" for name in ("here", "there"))
+    began = loaded(here)
+    with batch._ledger(began, {"a": Images()}, "") as ledger:
+        study = Study(ledger)
+        batch._require_same_tracking(began, study)
+        batch._require_same_tracking(loaded(there, "defaults.tracking.mlflow=false"), study)
+        with pytest.raises(StudyError, match=r"uri was \S+here\.db when .* \S+there\.db now"):
+            batch._require_same_tracking(loaded(there), study)
+        with pytest.raises(StudyError, match=r"tracking\.experiment was not set .* is mine now"):
+            batch._require_same_tracking(loaded(here, "defaults.tracking.experiment=mine"), study)

@@ -106,7 +106,7 @@ def test_nothing_is_lost_when_mlflow_is_down_and_nothing_is_sent_twice(
     made: Batch, tmp_path: Path
 ) -> None:
     (tmp_path / "a file").write_text("no database")
-    with pytest.raises(TrackingError, match="llp sync made_up"):
+    with pytest.raises(TrackingError, match=f"llp sync {made.folder}`"):
         ship(made.folder, f"sqlite:///{tmp_path / 'a file' / 'mlflow.db'}", give_up_after=0.0)
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     assert tracking_target(made.folder)[1] == "llp/made_up"

@@ -430,7 +430,7 @@ def test_server_that_does_not_answer_is_named(
     nowhere = f"http://127.0.0.1:{free_port}"
     with pytest.raises(TrackingError, match=nowhere) as caught:
         ship(folder, nowhere, "x", give_up_after=1.0)
-    assert "llp sync s" in str(caught.value)
+    assert f"llp sync {folder}`" in str(caught.value)
     assert caught.value.exit_code == 5
     assert main([str(folder), "--uri", nowhere, "--give-up-after", "0"]) == 5
     assert any(nowhere in record.getMessage() for record in caplog.records)

@@ -18,6 +18,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -229,8 +230,8 @@ class MlflowTracker:
     @contextlib.contextmanager
     def _answers(self) -> Iterator[None]:
         """Turns whatever MLflow and the network raise into a sentence with the URI."""
-        name = self.folder.resolve().name
-        rest = f"the study is safe in its ledger; `llp sync {name}` ships the rest"
+        folder = shlex.quote(str(self.folder))
+        rest = f"the study is safe in its ledger; `llp sync {folder}` ships the rest"
         try:
             yield
         except MlflowException as error:
