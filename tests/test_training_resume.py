@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -73,6 +75,31 @@ def test_resumed_job_equals_uninterrupted_job(
     assert equal(weights(folder), weights(tmp_path / "whole"))
     assert end.samples_seen == 132
     assert not jobs.partial_path(folder, JOB.job_id).exists()
+
+
+def test_a_snapshot_from_before_jobs_named_their_metrics_is_taken_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    to_plain = jobs.to_plain
+
+    def earlier(value: Any) -> Any:
+        plain = to_plain(value)
+        plain.pop("metrics", None)
+        return plain
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "to_plain", earlier)
+        patch.setattr(jobs.JobRun, "_identity", _identity_without_exceptions)
+        kill_after(monkeypatch, 4, objective(tmp_path, NOISY, checkpoint_seconds=0.0), JOB)
+    with caplog.at_level(logging.WARNING):
+        _, end = drive(objective(tmp_path, NOISY), replace(JOB, attempt=1))
+    assert end.samples_seen == 132
+    assert not [record for record in caplog.records if "starts afresh" in record.getMessage()]
+
+
+def _identity_without_exceptions(self: jobs.JobRun, setup: jobs.Setup) -> str:
+    plain = [setup.identity, jobs.to_plain(replace(self.job, attempt=0))]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def test_a_job_may_be_killed_again_and_again(

@@ -368,7 +368,10 @@ class JobRun:
         )
 
     def _identity(self, setup: Setup) -> str:
-        plain = [setup.identity, to_plain(replace(self.job, attempt=0))]
+        job = to_plain(replace(self.job, attempt=0))
+        if not job["metrics"]:
+            del job["metrics"]  # snapshots from before jobs had the field go on
+        plain = [setup.identity, job]
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
     def _samples_seen(self) -> int:
