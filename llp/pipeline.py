@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import ValidationError
 
 from llp import registry
 from llp.cluster.ray_tune import Resources, ray_session, run_jobs
@@ -53,7 +54,9 @@ from llp.spec import (
     load_spec,
     study_name,
     to_yaml,
+    wording,
 )
+from llp.spec.source import Source
 from llp.surroundings import describe_environment, interruptible
 from llp.tie_break import make_tie_break, recorded_tie_break
 from llp.tracking.files import write_atomic
@@ -316,7 +319,8 @@ def resume(
         command: What the user typed, for the report.
 
     Raises:
-        StudyError: No such study, another driver has it, or an override would change results.
+        StudyError: No such study, another driver has it, this version cannot read it, or an
+            override would change results.
         KeyboardInterrupt: On Ctrl-C and SIGTERM; everything finished is in the ledger.
     """
     folder = find_study(study, root)
@@ -327,11 +331,18 @@ def resume(
                 f"the study {header['study_id']} was started from Python; "
                 "call run_successive_halving again with the same arguments"
             )
-        spec = Spec.model_validate(header["spec"])
+        try:
+            spec = Spec.model_validate(header["spec"])
+        except ValidationError as error:
+            wrong = map(str, wording.problems(error, header["spec"], Source()))
+            raise StudyError(
+                f"{folder}: this version cannot read the experiment of the study; go on with llp "
+                f"{header.get('llp_version', 'of then')}, which began it: {'; '.join(wrong)}"
+            ) from error
         if not (folder / "spec.yaml").exists():
             write_atomic(folder / "spec.yaml", to_yaml(spec))
         if overrides:
-            spec = load_spec(folder / "spec.yaml", overrides)
+            spec = load_spec(folder / "spec.yaml", overrides, stored=True)
         spec = spec.model_copy(
             update={"output": spec.output.model_copy(update={"root": str(folder.parent)})}
         )

@@ -28,7 +28,7 @@ from llp.probing.meta_learning import (
     surrogate_mean,
 )
 from llp.records import EarlierStudies, from_plain
-from llp.spec import load_spec
+from llp.spec import Spec, digest, load_spec, to_yaml
 from llp.spec.domains import Choice, Fixed, Integer, LogUniform, Uniform
 from llp.tracking.ledger import Ledger, load_study
 from llp.warm_start import warm_start
@@ -214,8 +214,17 @@ def test_more_first_configurations_than_trials_are_refused_where_they_were_asked
     warm = f"warm_start: {{meta: {{collection: '{tmp_path}', count: 9}}}}"
     with pytest.raises(SpecError, match=r"9 configurations .* more than tier1.num_trials \(6\)"):
         experiment(tmp_path, warm, "tier1.num_trials=6")
+
+
+def test_a_count_that_was_not_given_fits_the_trials_and_is_read_back_from_what_is_stored(tmp_path):
     unasked = f"warm_start: {{meta: {{collection: '{tmp_path}'}}}}"
-    assert experiment(tmp_path, unasked, "tier1.num_trials=3").searcher.warm_start.meta.count == 5
+    for num_trials, count in ((3, 3), (6, 5)):
+        spec = experiment(tmp_path, unasked, f"tier1.num_trials={num_trials}")
+        assert spec.searcher.warm_start.meta.count == count
+        (tmp_path / "spec.yaml").write_text(to_yaml(spec))
+        again = load_spec(tmp_path / "spec.yaml")
+        assert again == Spec.model_validate(spec.model_dump(mode="json")) == spec
+        assert digest(again) == digest(spec)
 
 
 def test_named_studies_come_after_the_collection(tmp_path, collection):

@@ -49,13 +49,16 @@ def check(spec: Spec) -> None:
         raise SpecError(found)
 
 
-def problems(spec: Spec, places: Locator, *, damaged: Iterable[str] = ()) -> list[Problem]:
+def problems(
+    spec: Spec, places: Locator, *, damaged: Iterable[str] = (), stored: bool = False
+) -> list[Problem]:
     """What is wrong with `spec` beyond its shape.
 
     Args:
         spec: The spec; sections in `damaged` were cut down to what is valid of them.
         places: Where its keys were written.
         damaged: Top-level keys with problems of shape, whose other checks would mislead.
+        stored: A study began with it, under an older version perhaps; what was legal then still is.
     """
     damaged = set(damaged)
     found = [*_names(spec), *secrets.findings(spec.model_dump(mode="json"))]
@@ -76,6 +79,11 @@ def problems(spec: Spec, places: Locator, *, damaged: Iterable[str] = ()) -> lis
     if warm is not None and asks and not warm.studies and warm.meta is None:
         text = "needs `studies`, a list of earlier ones, or `meta: {collection: FOLDER}`"
         found.append(("searcher.warm_start", text))
+    if warm is not None and asks and warm.meta is not None and "tier1" not in damaged:
+        count, num_trials = warm.meta.count, spec.tier1.num_trials
+        if count > num_trials and not stored:
+            text = f"{count} configurations to try first are more than tier1.num_trials"
+            found.append(("searcher.warm_start.meta.count", f"{text} ({num_trials})"))
     if spec.searcher.proxy is not None:
         found += _named("proxies", spec.searcher.proxy.name, "searcher.proxy.name")
         if spec.searcher.name != "random":

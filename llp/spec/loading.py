@@ -30,6 +30,7 @@ def load_spec(
     overrides: Sequence[str] = (),
     *,
     search_path: Sequence[Path | str] | None = None,
+    stored: bool = False,
 ) -> Spec:
     """The checked spec of an experiment file.
 
@@ -37,12 +38,13 @@ def load_spec(
         source: A path, a name to be found in `search_path`, or the content as a mapping or `Spec`.
         overrides: `dotted.path=VALUE`, VALUE being YAML: `tier1.num_trials=8`.
         search_path: Folders for bare names; by default `search_spaces/` here, then the shipped one.
+        stored: A study began with it, under an older version perhaps; what was legal then still is.
 
     Raises:
         SpecError: All problems of the file, the overrides and the names in it, ordered by line.
     """
     data, places, found = content(source, search_path)
-    return checked(data, places, overrides, found)
+    return checked(data, places, overrides, found, stored=stored)
 
 
 def checked(
@@ -50,6 +52,8 @@ def checked(
     places: Source,
     overrides: Sequence[str] = (),
     found: Sequence[Problem] = (),
+    *,
+    stored: bool = False,
 ) -> Spec:
     """The checked spec of content that was read already.
 
@@ -58,6 +62,7 @@ def checked(
         places: Where its parts were written.
         overrides: As for `load_spec`.
         found: What is known to be wrong with it.
+        stored: As for `load_spec`.
 
     Raises:
         SpecError: All problems, `found` among them.
@@ -69,9 +74,9 @@ def checked(
         spec = _what_is_left(data, wrong)
         if spec is not None:
             damaged = {problem.path.split(".")[0] for problem in found}
-            found += checks.problems(spec, places, damaged=damaged)
+            found += checks.problems(spec, places, damaged=damaged, stored=stored)
     else:
-        found += checks.problems(spec, places)
+        found += checks.problems(spec, places, stored=stored)
     if found or spec is None:
         raise SpecError(sorted(dict.fromkeys(found), key=_order))
     spec._source = places

@@ -471,19 +471,19 @@ class Spec(_Section):
 
     @model_validator(mode="after")
     def _counts(self) -> Spec:
-        """A top_k that was not given shrinks with num_trials; a count that was given must fit."""
-        warm = self.searcher.warm_start
-        if warm is not None and warm.meta is not None and "count" in warm.meta.model_fields_set:
-            count, num_trials = warm.meta.count, self.tier1.num_trials
-            if count > num_trials:
-                raise wrong(
-                    f"{count} configurations to try first are more than tier1.num_trials "
-                    f"({num_trials})",
-                    "searcher.warm_start.meta.count",
-                    "tier1.num_trials",
-                )
+        """A count or top_k that was not given shrinks with num_trials; a top_k given must fit.
+
+        A count that was given and does not fit is refused in `checks`: studies began with such ones
+        and must be read again.
+        """
+        num_trials, warm = self.tier1.num_trials, self.searcher.warm_start
+        meta = warm.meta if warm is not None else None
+        if warm and meta and "count" not in meta.model_fields_set and meta.count > num_trials:
+            meta = meta.model_copy(update={"count": num_trials})
+            warm = warm.model_copy(update={"meta": meta})
+            self.__dict__["searcher"] = self.searcher.model_copy(update={"warm_start": warm})
         for section in ("tier2", "verification"):
-            part, num_trials = getattr(self, section), self.tier1.num_trials
+            part = getattr(self, section)
             if part.top_k > num_trials:
                 if "top_k" in part.model_fields_set:
                     raise wrong(
