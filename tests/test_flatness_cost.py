@@ -149,16 +149,17 @@ def test_confidence_features_agree_with_plain_numpy(images: Any) -> None:
     assert 0 < found["calibration_error"].standard_error < 0.2
 
 
-@pytest.mark.parametrize("samples", [100, 1_500, 2_000, 20_000, 200_000, 2_000_000])
+@pytest.mark.parametrize("samples", [100, 600, 1_500, 2_000, 20_000, 200_000, 2_000_000])
+@pytest.mark.parametrize("budget", [0.02, 0.05, 0.1, 0.2])
 @pytest.mark.parametrize("refinements", [[], ["swa_gain", "sam_gain"]])
 def test_a_budget_keeps_the_prediction_within_its_share_and_uses_what_it_may(
-    samples: int, refinements: list[str]
+    samples: int, budget: float, refinements: list[str]
 ) -> None:
     rung = Rung(1, 1.0, samples // 20, 20)
-    options = Tier2Spec(refinements=refinements)
+    options = Tier2Spec(refinements=refinements, budget=budget)
     planned = plan_measurement(options, rung)
     chosen = planned.options
-    assert planned.samples <= planned.allowed == 0.2 * rung.samples_seen
+    assert planned.samples <= planned.allowed == budget * rung.samples_seen
     assert chosen.num_examples <= min(1024, rung.num_examples)
     if (
         not planned.left_out
@@ -173,6 +174,25 @@ def test_a_budget_keeps_the_prediction_within_its_share_and_uses_what_it_may(
     asked = [*options.metrics, *options.refinements]
     assert sorted([*kept, *planned.left_out]) == sorted(asked)
     assert all(name in planned.note for name in planned.left_out)
+    for name in planned.left_out:  # nothing of it can come back
+        more = {
+            "metrics": [n for n in options.metrics if n in kept or n == name],
+            "refinements": [n for n in options.refinements if n in kept or n == name],
+        }
+        assert name in plan_measurement(options.model_copy(update=more), rung).left_out
+
+
+@pytest.mark.parametrize(
+    ("samples", "budget"), [(600, 0.2), (1_500, 0.1), (3_000, 0.05), (5_000, 0.02)]
+)
+def test_cheap_metrics_are_kept_where_only_those_that_share_products_do_not_fit(
+    samples: int, budget: float
+) -> None:
+    options = Tier2Spec(refinements=[], budget=budget)
+    planned = plan_measurement(options, Rung(1, 1.0, samples // 20, 20))
+    traces = ("hessian_eigenvalues", "noise_sigma", "adaptive_trace", "hessian_trace")
+    assert planned.left_out == traces, "the two traces save nothing one by one"
+    assert len(planned.options.metrics) == 7
 
 
 def test_what_does_not_fit_even_at_its_least_is_left_out_and_nothing_that_fits() -> None:

@@ -5,8 +5,10 @@ probe saw. What gives way, in this order: the epochs of the refinements, down to
 more than half; probe vectors and pairs of noise draws, down to 2, and then the eigenvalues, down to
 1, as long as fewer than `ENOUGH_EXAMPLES` would be measured on; then the examples, down to
 `MIN_EXAMPLES`. Where the least of everything is still over the budget, the dearest metric or
-refinement is left out and named, until the rest fits. While it is measured (`profile.measure`), a
-metric that no longer fits into what the others have left is not begun.
+refinement is left out and named, until the rest fits; then, last first, each comes back with which
+it still fits: metrics that share their products save nothing alone, so cheap ones go before them.
+While it is measured (`profile.measure`), a metric that no longer fits into what the others have
+left is not begun.
 """
 
 from __future__ import annotations
@@ -63,21 +65,24 @@ def plan_measurement(options: Tier2Spec, rung: Rung) -> MeasurementPlan:
     >>> plan_measurement(Tier2Spec(refinements=[]), Rung(1, 0.1, 100, 15)).left_out
     ('hessian_eigenvalues', 'noise_sigma')
     """
+    asked = options
     left_out: tuple[str, ...] = ()
-    while True:
-        planned = _plan(options, rung, left_out)
-        if planned.samples <= planned.allowed:
-            return planned
-        dearest = _dearest(planned.options, rung)
-        left_out = (*left_out, dearest)
-        options = _without(options, dearest)
+    while (planned := _plan(options, rung, left_out)).samples > planned.allowed:
+        left_out = (*left_out, _dearest(planned.options, rung))
+        options = _without(asked, left_out)
+    for name in left_out[::-1]:
+        fewer = tuple(other for other in left_out if other != name)
+        again = _plan(_without(asked, fewer), rung, fewer)
+        if again.samples <= again.allowed:
+            planned, left_out = again, fewer
+    return planned
 
 
-def _without(options: Tier2Spec, name: str) -> Tier2Spec:
+def _without(options: Tier2Spec, names: Sequence[str]) -> Tier2Spec:
     return options.model_copy(
         update={
-            "metrics": [other for other in options.metrics if other != name],
-            "refinements": [other for other in options.refinements if other != name],
+            "metrics": [name for name in options.metrics if name not in names],
+            "refinements": [name for name in options.refinements if name not in names],
         }
     )
 
@@ -86,7 +91,7 @@ def _dearest(options: Tier2Spec, rung: Rung) -> str:
     """What saves most when it is left out; the last of equals."""
     names = [*options.metrics, *options.refinements][::-1]
     return min(
-        names, key=lambda name: _samples(_without(options, name), options.num_examples, rung)
+        names, key=lambda name: _samples(_without(options, [name]), options.num_examples, rung)
     )
 
 
