@@ -163,6 +163,7 @@ def test_paths_that_vanish_with_the_job_are_refused_with_their_line(cluster):
         *("--set", "dataset.root=images", "--set", "tracking.uri=sqlite:///runs.db"),
         *("--set", 'searcher.warm_start.studies=["old/mine-1", "mlflow:sqlite:///m.db#x", "ok"]'),
         *("--set", "searcher.warm_start.meta={collection: llp_studies}"),
+        *("--set", "tier2.tie_break=earned", "--set", "tier2.calibration=c.json"),
     )
     assert result.exit_code == 2
     assert "tiny.yaml:15:1 output.root: 'llp_studies' is relative" in result.stderr
@@ -172,6 +173,7 @@ def test_paths_that_vanish_with_the_job_are_refused_with_their_line(cluster):
     assert "warm_start.studies.1: 'mlflow:sqlite:///m.db#x' is relative" in result.stderr
     assert "warm_start.studies.2" not in result.stderr
     assert "warm_start.meta.collection: 'llp_studies' is relative" in result.stderr
+    assert "tier2.calibration: 'c.json' is relative" in result.stderr
     assert cluster.requests == []
 
 

@@ -355,12 +355,14 @@ def _lost_paths(spec: Spec) -> Iterator[tuple[str, str]]:
     meta = spec.searcher.warm_start.meta if spec.searcher.warm_start else None
     if meta is not None and not Path(meta.collection).is_absolute():
         yield "searcher.warm_start.meta.collection", _relative(meta.collection)
+    if spec.tier2.calibration is not None and not Path(spec.tier2.calibration).is_absolute():
+        yield "tier2.calibration", _relative(spec.tier2.calibration, "a file")
 
 
-def _relative(path: str) -> str:
+def _relative(path: str, kind: str = "a folder") -> str:
     return (
         f"'{path}' is relative, and a job's temporary folder vanishes with the job; "
-        "give the absolute path of a folder that all nodes of the cluster see"
+        f"give the absolute path of {kind} that all nodes of the cluster see"
     )
 
 
