@@ -35,8 +35,8 @@ def make_tie_break(spec: Spec) -> TieBreak | None:
     if spec.tier2.calibration is not None:
         path = Path(spec.tier2.calibration)
         try:
-            found = read_calibration(path.read_text(encoding="utf-8"))
+            found = read_calibration(path.read_bytes())
         except (OSError, ValueError) as error:
-            why = (error.strerror if isinstance(error, OSError) else None) or str(error)
-            raise SpecError([spec.problem("tier2.calibration", f"'{path}': {why}")]) from error
+            why = f": {error.strerror or error}" if isinstance(error, OSError) else f" {error}"
+            raise SpecError([spec.problem("tier2.calibration", f"'{path}'{why}")]) from error
     return earned(found, {row: measured_names(row, spec.tier2) for row in spec.tier2.metrics})

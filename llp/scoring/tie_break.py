@@ -13,9 +13,13 @@ not learnt (training accuracy under 0.8 of the best on their rung) are flat for 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import reprlib
+import typing
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -28,20 +32,55 @@ MIN_MATCHED, MIN_CURVED = 4, 6
 CLEAR = 1.96
 
 
-def read_calibration(text: str) -> Calibration:
+def read_calibration(text: str | bytes) -> Calibration:
     """The calibration in a file of `llp calibrate --out`.
 
     Raises:
-        ValueError: It is none, or of another version.
+        ValueError: It is none, or of another version; the message continues "FILE ...".
     """
+    none = "is no calibration that `llp calibrate --out` has written"
     try:
         plain = json.loads(text)
-        found = from_plain(Calibration, plain)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError("is no calibration that `llp calibrate --out` has written") from error
-    if found.version != Calibration.version:
-        raise ValueError(f"is of version {found.version}, and {Calibration.version} is read here")
-    return found
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{none}: {error}") from error
+    version = plain.get("version") if isinstance(plain, dict) else None
+    if type(version) is int and version != Calibration.version:
+        raise ValueError(f"is of version {version}, and {Calibration.version} is read here")
+    wrong = _misfit(Calibration, plain, "")
+    if wrong:
+        raise ValueError(f"{none}: {wrong}")
+    return from_plain(Calibration, plain)
+
+
+_KINDS = {int: "a whole number", float: "a number or null", str: "text", bool: "true or false"}
+
+
+def _misfit(hint: Any, value: Any, where: str) -> str:
+    """The first thing in JSON data that is not of type `hint`, in words; empty if there is none."""
+    kinds = typing.get_args(hint)
+    if type(None) in kinds:
+        return "" if value is None else _misfit(kinds[0], value, where)
+    said = f"{where or 'it'} is {reprlib.repr(value)}, not"
+    if hint in _KINDS:
+        fits = type(value) is hint or (hint is float and (value is None or type(value) is int))
+        return "" if fits else f"{said} {_KINDS[hint]}"
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list):
+            return f"{said} a list"
+        parts = [(kinds[0], one, f"{where}[{i}]") for i, one in enumerate(value)]
+    elif not isinstance(value, dict):
+        return f"{said} a mapping"
+    elif dataclasses.is_dataclass(hint):
+        hints = typing.get_type_hints(hint)
+        for field in dataclasses.fields(hint):
+            missing = field.name not in value and field.default is dataclasses.MISSING
+            if missing and field.default_factory is dataclasses.MISSING:
+                return f"{where or 'it'} has no '{field.name}'"
+        names = [name for name in hints if name in value]
+        parts = [(hints[name], value[name], f"{where}.{name}".lstrip(".")) for name in names]
+    else:
+        parts = [(kinds[1], one, f"{where}.{key}") for key, one in value.items()]
+    return next(filter(None, (_misfit(*part) for part in parts)), "")
 
 
 def earned(found: Calibration | None, rows: Mapping[str, Sequence[str]]) -> TieBreak:
@@ -53,11 +92,15 @@ def earned(found: Calibration | None, rows: Mapping[str, Sequence[str]]) -> TieB
     """
     if found is None:
         return TieBreak(False, "no calibration was given in tier2.calibration")
-    basis = f"{found.num_finished} finished trials of {found.num_studies} studies"
-    if found.num_finished < MIN_FINISHED or found.gain_tier2 is None:
-        return TieBreak(False, f"{basis} could not say anything of tier 2")
+    finished, studies = found.num_finished, found.num_studies
+    basis = f"{finished} finished trial{'s' * (finished != 1)} of "
+    basis += f"{studies} stud{'y' if studies == 1 else 'ies'}"
     gain = found.gain_tier2
+    if finished < MIN_FINISHED or gain is None or math.isnan(gain.value):
+        return TieBreak(False, f"{basis} could not say anything of tier 2")
     numbers = f"tau {gain.value:+.3f}, lower 95 % limit {gain.interval.low:+.3f}"
+    if math.isnan(gain.interval.low):
+        numbers = f"tau {gain.value:+.3f}, without an interval"
     if not found.tier2_enters or not gain.interval.low > 0:
         return TieBreak(False, f"on {basis} it gained nothing that is clear of 0 ({numbers})")
     tier1 = {name for name in found.weights if name.startswith("h: ")}
