@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,7 +38,7 @@ from llp.objectives import SEARCHED, record_fronts
 from llp.probing.budgets import ladder
 from llp.probing.promotion import Scheduler
 from llp.proxy_filter import ProxyFilter
-from llp.records import EarlierStudies, Rung, SearchResult
+from llp.records import EarlierStudies, Rung, SearchResult, TieBreak
 from llp.reporting.html import write_report
 from llp.scoring.choose import choose_for_measurement, choose_for_verification
 from llp.scoring.report import score_report
@@ -58,7 +58,7 @@ from llp.spec import (
 )
 from llp.spec.source import Source
 from llp.surroundings import describe_environment, interruptible
-from llp.tie_break import make_tie_break, recorded_tie_break
+from llp.tie_break import left_out_of_ties, make_tie_break, recorded_tie_break
 from llp.tracking.files import write_atomic
 from llp.tracking.ledger import Ledger, check_same_spec, has_study, load_study, study_header
 from llp.tracking.ledger import find_study as find_in_root
@@ -103,6 +103,9 @@ class Plan:
         samples_full_search: By training every configuration once with the full recipe.
         left_out: Metrics of tier 2 that do not fit into its budget, after a probe on the top rung.
         earlier: What is taken from earlier studies; None without a warm start.
+        ties: Whether tier 2 will settle ties at promotions, and why; None: it was not asked for.
+            What measures ties comes beyond `samples_tier2`.
+        left_out_of_ties: Rung -> metrics of `ties` that do not fit into the budget on it.
     """
 
     rungs: tuple[Rung, ...]
@@ -118,6 +121,8 @@ class Plan:
     samples_full_search: int
     left_out: tuple[str, ...] = ()
     earlier: EarlierStudies | None = None
+    ties: TieBreak | None = None
+    left_out_of_ties: dict[int, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -156,7 +161,7 @@ def plan(spec: Spec, data: ImageData | None = None) -> Plan:
     scheduler = make_scheduler(spec)
     make_rules(spec, "stop_rules")
     make_rules(spec, "search_rules")
-    make_tie_break(spec)
+    ties = make_tie_break(spec)
     earlier = warm_start(spec).studies if spec.searcher.warm_start else None
     jobs: dict[int, int] = {}
     for sizes in scheduler.sizes():
@@ -181,6 +186,8 @@ def plan(spec: Spec, data: ImageData | None = None) -> Plan:
         samples_full_search=scheduler.num_trials * spec.training.epochs * len(data.train),
         left_out=measured.left_out if spec.tier2.top_k else (),
         earlier=earlier,
+        ties=ties,
+        left_out_of_ties=left_out_of_ties(spec, ties, rungs),
     )
 
 

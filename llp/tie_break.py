@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from llp.driver import Study
 from llp.errors import SpecError
+from llp.flatness.budget import plan_measurement
 from llp.flatness.metrics import measured_names
-from llp.records import TieBreak, from_plain
+from llp.records import Rung, TieBreak, from_plain
 from llp.scoring.tie_break import earned, read_calibration
 from llp.spec import Spec
 
@@ -40,3 +42,18 @@ def make_tie_break(spec: Spec) -> TieBreak | None:
             why = f": {error.strerror or error}" if isinstance(error, OSError) else f" {error}"
             raise SpecError([spec.problem("tier2.calibration", f"'{path}'{why}")]) from error
     return earned(found, {row: measured_names(row, spec.tier2) for row in spec.tier2.metrics})
+
+
+def left_out_of_ties(
+    spec: Spec, found: TieBreak | None, rungs: Sequence[Rung]
+) -> dict[int, tuple[str, ...]]:
+    """Rung -> metrics of the tie-break that do not fit into `tier2.budget` after a probe on it.
+
+    Without the highest of `rungs`, from which nothing is promoted, and those on which all fit.
+    """
+    if found is None or not found.used:
+        return {}
+    update = {"metrics": list(found.metrics), "refinements": []}
+    options = spec.tier2.model_copy(update=update)
+    planned = {rung.rung: plan_measurement(options, rung).left_out for rung in rungs[:-1]}
+    return {rung: names for rung, names in planned.items() if names}

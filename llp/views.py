@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from llp.doctor import Check
     from llp.pipeline import CheckReport, Plan
     from llp.progress import ProgressState
-    from llp.records import Decision, GeneralizationScore, SearchResult
+    from llp.records import Decision, GeneralizationScore, SearchResult, TieBreak
     from llp.registry import Entry
     from llp.spec.schema import Spec
     from llp.tracking.ledger import StudySummary
@@ -143,6 +143,8 @@ def show_plan(plan: Plan, spec: Spec, out: Console, report: CheckReport | None =
     if plan.left_out:
         hint = f"left out, as even the least of it is over tier2.budget: {', '.join(plan.left_out)}"
         facts.insert(2, ("", hint))
+    if plan.ties is not None:
+        facts += [("ties", _about_ties(plan, plan.ties, spec))]
     if plan.earlier is not None:
         facts += zip(["warm start", "", ""], about_earlier(plan.earlier), strict=False)
     if share >= 100:
@@ -154,6 +156,23 @@ def show_plan(plan: Plan, spec: Spec, out: Console, report: CheckReport | None =
     _facts(out, facts)
     if report is not None:
         _lines(out, "the file is good")
+
+
+def _about_ties(plan: Plan, ties: TieBreak, spec: Spec) -> str:
+    """Whether tier 2 will settle ties at promotions, why, and what that costs."""
+    if not ties.used:
+        return f"tier 2 will not settle ties at promotions: {ties.reason}"
+    said = (
+        f"tier 2 settles ties at promotions, as {ties.reason}; measured beyond the samples of "
+        "tier 2 above, "
+    )
+    share = f"at most {spec.tier2.budget:g} of the samples of its probe for each tied trial"
+    said += share if spec.tier2.budget else "without a limit, as tier2.budget is 0"
+    for rung, names in plan.left_out_of_ties.items():
+        said += f"; left out on rung {rung}, as over tier2.budget: {', '.join(names)}"
+        if set(names) == set(ties.metrics):
+            said += " (accuracy alone decides there)"
+    return said
 
 
 def _pace(report: CheckReport, spec: Spec, total: int) -> Iterable[tuple[str, str]]:

@@ -87,6 +87,8 @@ def street(place, monkeypatch):
         samples_full_search=115200,
         left_out=(),
         earlier=None,
+        ties=None,
+        left_out_of_ties={},
     )
     pipeline = ModuleType("llp.pipeline")
 

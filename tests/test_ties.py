@@ -7,16 +7,21 @@ import json
 import math
 import random
 from collections import Counter
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from make_study import make_events
+from rich.console import Console
 from study_runs import TINY, events, llp
 
 from llp.driver import ProbeSource, Study
 from llp.errors import SpecError
+from llp.flatness.budget import plan_measurement
+from llp.pipeline import Plan
+from llp.pipeline import plan as make_plan
 from llp.probing.promotion import DONE, WAIT, Asha, Hyperband
 from llp.probing.ties import MIN_TIED, difference_error, settle, tie_at_cut
 from llp.records import (
@@ -30,6 +35,7 @@ from llp.records import (
     Rung,
     TieBreak,
     TieChoice,
+    to_plain,
 )
 from llp.reporting.html import study_page
 from llp.reporting.tie_exhibit import tie_data, tie_sentence
@@ -44,6 +50,7 @@ from llp.spec.schema import Spec
 from llp.tie_break import make_tie_break
 from llp.tracking.ledger import Ledger
 from llp.tracking.replay import result_from_events
+from llp.views import show_plan
 
 IMAGES = 200
 RUNGS = [Rung(1, 0.1, 30, 2), Rung(2, 0.5, 90, 2), Rung(3, 1.0, 270, 2)]
@@ -423,6 +430,47 @@ def test_the_file_is_looked_at_before_anything_starts(tmp_path: Path) -> None:
     assert found is not None
     assert found.used
     assert make_tie_break(spec(tie_break="off")) is None
+
+
+def told_plan(tmp_path: Path, found: Calibration | None, **tier2: Any) -> tuple[Plan, str]:
+    path = tmp_path / "c.json"
+    if found is not None:
+        path.write_text(found.to_json())
+        tier2 |= {"calibration": str(path)}
+    given = spec({"data_fractions": [0.02, 0.2, 1.0], "epochs": 2}, **tier2)
+    planned, out = make_plan(given), StringIO()
+    show_plan(planned, given, Console(file=out, width=10_000))
+    (line,) = [line for line in out.getvalue().splitlines() if line.startswith("ties ")]
+    return planned, line
+
+
+def test_the_plan_says_whether_ties_will_be_settled_and_what_that_costs(tmp_path: Path) -> None:
+    planned, line = told_plan(tmp_path, None)
+    assert "tier 2 will not settle ties at promotions: no calibration was given" in line
+    assert to_plain(planned)["ties"]["used"] is False
+    _, line = told_plan(tmp_path, calibration(tier2_enters=False))
+    assert "will not settle ties at promotions: on 96 finished trials of 2 studies it g" in line
+
+    planned, line = told_plan(tmp_path, calibration(), budget=0.8)
+    assert "tier 2 settles ties at promotions, as it has earned it on 96 finished trials" in line
+    assert "weights sam_sharpness +0.40 ± 0.10; measured beyond the samples of tier 2" in line
+    assert line.endswith("at most 0.8 of the samples of its probe for each tied trial")
+    assert (planned.left_out_of_ties, to_plain(planned)["ties"]["used"]) == ({}, True)
+    assert told_plan(tmp_path, calibration(), budget=0)[1].endswith("as tier2.budget is 0")
+
+
+def test_the_plan_says_on_which_rungs_a_metric_of_the_tie_break_does_not_fit(
+    tmp_path: Path,
+) -> None:
+    both = {"sam_sharpness": 0.4, "noise_sigma": 0.4}
+    weighed = calibration(weights=both, standard_errors=dict.fromkeys(both, 0.1))
+    planned, line = told_plan(tmp_path, weighed)
+    options = spec(metrics=["sam_sharpness", "noise_sigma"], refinements=[]).tier2
+    fitting = {r.rung: plan_measurement(options, r).left_out for r in planned.rungs[:2]}
+    assert fitting == {1: ("noise_sigma", "sam_sharpness"), 2: ("noise_sigma",)}
+    assert planned.left_out_of_ties == fitting
+    assert "left out on rung 1, as over tier2.budget: noise_sigma, sam_sharpness (accuracy" in line
+    assert line.endswith("left out on rung 2, as over tier2.budget: noise_sigma")
 
 
 def test_a_study_from_before_keeps_its_digest() -> None:
