@@ -95,7 +95,7 @@ def _why(word: str) -> str:
 
 
 def _spent(state: ProgressState) -> str:
-    measuring = sum(job.samples for job in state.of("measure"))
+    measuring = sum(job.samples for job in [*state.of("measure"), *state.of("tie")])
     training = formats.amount(state.samples_spent - measuring)
     text = f"{training} of {formats.amount(state.samples_planned)} planned samples"
     return text + (f", {formats.amount(measuring)} more in tier 2" if measuring else "")
@@ -134,6 +134,8 @@ def _rows(state: ProgressState) -> list[tuple[str, float, str]]:
         ended, running = state.counts("probe", rung)
         if expected or ended or running:
             words.append(f"rung {rung}: {ended}/{max(expected, ended + running)}")
+    if state.of("tie"):
+        words.append(f"{state.counts('tie')[0]}/{len(state.of('tie'))} measured for ties")
     for kind, name, what in (
         ("probe", "tier 1", ", ".join(words)),
         ("measure", "tier 2", "measured"),

@@ -22,7 +22,8 @@ class JobView:
     """One job as the display knows it.
 
     Attributes:
-        kind: `probe`, `measure` or `verify`.
+        kind: `probe`, `measure` (of tier 2), `tie` (measured in tier 1, for a promotion) or
+            `verify`.
         trial_id: Its trial.
         rung: Its rung.
         data_fraction: Share of the training set in use.
@@ -212,10 +213,11 @@ class ProgressState:
         self._workers, self.status = 1, "running"
 
     def _start(self, job: Mapping[str, Any]) -> None:
+        tie = job["kind"] == "measure" and job.get("metrics")  # those of tier 2 name none
         view = self.jobs.setdefault(
             job["job_id"],
             JobView(
-                kind=job["kind"],
+                kind="tie" if tie else job["kind"],
                 trial_id=job["trial"]["trial_id"],
                 rung=job["rung"]["rung"],
                 data_fraction=job["rung"]["data_fraction"],
@@ -299,7 +301,7 @@ class ProgressState:
 
         Jobs to come are taken to last as long as those that ended on their rung; where there is
         none yet, as long per sample as on the highest rung that has one, which is too long. Tier 2
-        counts from its first measurement on.
+        counts from its first measurement on; what measures ties in tier 1 is not foreseen.
         """
         ended: dict[int, list[JobView]] = {}
         for job in [*self.of("probe"), *self.of("verify")]:
@@ -321,7 +323,7 @@ class ProgressState:
             max(count - len(ended.get(rung, ())), 0) * each[rung] for rung, count in wanted.items()
         )
         for job in self.jobs.values():
-            if job.running and job.kind != "measure":
+            if job.running and job.kind in ("probe", "verify"):
                 total -= min(job.in_flight / max(costs[job.rung], 1), 1) * each[job.rung]
         measured = [job.seconds for job in self.of("measure") if not job.running]
         if measured and self.phases.get("tier2") != "end":

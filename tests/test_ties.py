@@ -17,6 +17,7 @@ from make_study import make_events
 from rich.console import Console
 from study_runs import TINY, events, llp
 
+from llp.display import _rows, _spent
 from llp.driver import ProbeSource, Study
 from llp.errors import SpecError
 from llp.flatness.budget import plan_measurement
@@ -24,6 +25,7 @@ from llp.pipeline import Plan
 from llp.pipeline import plan as make_plan
 from llp.probing.promotion import DONE, WAIT, Asha, Hyperband
 from llp.probing.ties import MIN_TIED, difference_error, settle, tie_at_cut
+from llp.progress import ProgressState
 from llp.records import (
     CheckpointRef,
     CurvePoint,
@@ -53,6 +55,7 @@ from llp.tracking.replay import result_from_events
 from llp.views import show_plan
 
 IMAGES = 200
+TIER1_END = ("tier1", "end")
 RUNGS = [Rung(1, 0.1, 30, 2), Rung(2, 0.5, 90, 2), Rung(3, 1.0, 270, 2)]
 NO_INTERVAL = Interval(math.nan, math.nan)
 FLAT = TieBreak(True, "it has earned it", {"flat": 0.4}, ("flat",))
@@ -513,6 +516,32 @@ def test_the_page_shows_the_choices_it_changed_or_why_it_was_not_used() -> None:
         "Tier 2 was not used to settle ties at promotions: no calibration was given in "
         "tier2.calibration."
     )
+
+
+def test_what_is_measured_for_ties_in_tier_1_is_no_progress_of_tier_2() -> None:
+    log = make_events(num_trials=12, until="tier1")
+    over = next(k for k, e in enumerate(log) if (e.get("name"), e.get("status")) == TIER1_END)
+    plain, state = ProgressState(), ProgressState()
+    for event in log[:over]:
+        plain.update(event)
+        state.update(event)
+    rows, left, seen = _rows(plain), plain.remaining(), plain.samples_spent
+    assert ("tier 2", 0.0, "0/4 measured") in rows
+
+    probe = next(e["job"] for e in log if e["event"] == "job")
+    for num, name in enumerate(("t000", "t001"), 1):
+        job = probe | {"kind": "measure", "job_id": f"{name}-t1", "metrics": ["sam_sharpness"]}
+        state.update({"event": "job", "job": job | {"trial": probe["trial"] | {"trial_id": name}}})
+        assert _rows(state)[0][2].endswith(f"{num - 1}/{num} measured for ties")
+        assert state.remaining() == left, "while it runs"
+        end = JobEnd(f"{name}-t1", name, "completed", samples_seen=500, seconds=1e6)
+        state.update({"event": "job_end", "kind": "measure", "end": to_plain(end)})
+        assert _rows(state)[1:] == rows[1:]
+        assert state.remaining() == left
+    assert state.counts("measure") == plain.counts("measure") == (0, 0)
+    assert state.expected("measure") == 4
+    assert (state.samples_spent, seen) == (plain.samples_spent + 1000, plain.samples_spent)
+    assert _spent(state) == _spent(plain) + ", 1,000 more in tier 2"
 
 
 # --- end to end -------------------------------------------------------------------------------
