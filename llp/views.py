@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from llp.doctor import Check
     from llp.pipeline import CheckReport, Plan
     from llp.progress import ProgressState
-    from llp.records import Decision, GeneralizationScore, SearchResult, TieBreak
+    from llp.records import Decision, GeneralizationScore, SearchResult, TieBreak, TieChoice
     from llp.registry import Entry
     from llp.spec.schema import Spec
     from llp.tracking.ledger import StudySummary
@@ -321,6 +321,7 @@ def about_trial(result: SearchResult, trial_id: str) -> dict[str, Any]:
         "rungs": result.rungs,
         "trial": next(t for t in result.trials if t.trial.trial_id == trial_id),
         "decisions": [d for d in result.decisions if d.trial_id == trial_id],
+        "ties": [c for c in result.tie_choices if trial_id in c.tied],
         "early_stopping": next((d.reason for d in result.decisions if d.kind == "stops_off"), ""),
         "profile": next((p for p in result.profiles if p.trial_id == trial_id), None),
         "score": next((s for s in scores if s.trial_id == trial_id), None),
@@ -336,6 +337,17 @@ def _decision(decision: Decision) -> str:
         return text
     low, high = formats.percent(forecast.low), formats.percent(forecast.high)
     return f"{text}  (forecast {low} to {high})"
+
+
+def _tie(choice: TieChoice, trial_id: str) -> str:
+    """One line: what tier 2 settled for a trial at a cut, and what accuracy would have."""
+    kept, usual = trial_id in choice.kept, trial_id in choice.usual
+    text = f"  {'tie':7} rung {choice.rung}  {'kept' if kept else 'passed over'} by tier 2 among "
+    text += f"{formats.plural(len(choice.tied), 'tied trial')} "
+    text += f"(value {formats.signed(choice.values[trial_id], 3)}); by accuracy alone "
+    if kept == usual:
+        return f"{text}as well"
+    return f"{text}it would {'have gone on' if usual else 'not have gone on'}"
 
 
 def show_trial(about: Mapping[str, Any], out: Console) -> None:
@@ -362,6 +374,7 @@ def show_trial(about: Mapping[str, Any], out: Console) -> None:
         )
     _lines(out, "decisions", style="bold")
     _lines(out, *(_decision(d) for d in about["decisions"]))
+    _lines(out, *(_tie(choice, about["trial_id"]) for choice in about["ties"]))
     if about["early_stopping"]:
         _lines(out, f"early stopping went off in this study: {about['early_stopping']}")
     if about["profile"]:

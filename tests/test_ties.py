@@ -7,25 +7,17 @@ import json
 import math
 import random
 from collections import Counter
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from make_study import make_events
-from rich.console import Console
 from study_runs import TINY, events, llp
 
-from llp.display import _rows, _spent
 from llp.driver import ProbeSource, Study
 from llp.errors import SpecError
-from llp.flatness.budget import plan_measurement
-from llp.pipeline import Plan
-from llp.pipeline import plan as make_plan
 from llp.probing.promotion import DONE, WAIT, Asha, Hyperband
-from llp.probing.ties import MIN_TIED, difference_error, settle, tie_at_cut
-from llp.progress import ProgressState
+from llp.probing.ties import MIN_TIED, settle, tie_at_cut
 from llp.records import (
     CheckpointRef,
     CurvePoint,
@@ -36,11 +28,8 @@ from llp.records import (
     Measurement,
     Rung,
     TieBreak,
-    TieChoice,
-    to_plain,
 )
-from llp.reporting.html import study_page
-from llp.reporting.tie_exhibit import tie_data, tie_sentence
+from llp.reporting.tie_exhibit import tie_sentence
 from llp.scoring.calibration import Calibration
 from llp.scoring.evidence import Gain
 from llp.scoring.ranks import normal_scores
@@ -52,10 +41,8 @@ from llp.spec.schema import Spec
 from llp.tie_break import make_tie_break
 from llp.tracking.ledger import Ledger
 from llp.tracking.replay import result_from_events
-from llp.views import show_plan
 
 IMAGES = 200
-TIER1_END = ("tier1", "end")
 RUNGS = [Rung(1, 0.1, 30, 2), Rung(2, 0.5, 90, 2), Rung(3, 1.0, 270, 2)]
 NO_INTERVAL = Interval(math.nan, math.nan)
 FLAT = TieBreak(True, "it has earned it", {"flat": 0.4}, ("flat",))
@@ -435,113 +422,11 @@ def test_the_file_is_looked_at_before_anything_starts(tmp_path: Path) -> None:
     assert make_tie_break(spec(tie_break="off")) is None
 
 
-def told_plan(tmp_path: Path, found: Calibration | None, **tier2: Any) -> tuple[Plan, str]:
-    path = tmp_path / "c.json"
-    if found is not None:
-        path.write_text(found.to_json())
-        tier2 |= {"calibration": str(path)}
-    given = spec({"data_fractions": [0.02, 0.2, 1.0], "epochs": 2}, **tier2)
-    planned, out = make_plan(given), StringIO()
-    show_plan(planned, given, Console(file=out, width=10_000))
-    (line,) = [line for line in out.getvalue().splitlines() if line.startswith("ties ")]
-    return planned, line
-
-
-def test_the_plan_says_whether_ties_will_be_settled_and_what_that_costs(tmp_path: Path) -> None:
-    planned, line = told_plan(tmp_path, None)
-    assert "tier 2 will not settle ties at promotions: no calibration was given" in line
-    assert to_plain(planned)["ties"]["used"] is False
-    _, line = told_plan(tmp_path, calibration(tier2_enters=False))
-    assert "will not settle ties at promotions: on 96 finished trials of 2 studies it g" in line
-
-    planned, line = told_plan(tmp_path, calibration(), budget=0.8)
-    assert "tier 2 settles ties at promotions, as it has earned it on 96 finished trials" in line
-    assert "weights sam_sharpness +0.40 ± 0.10; measured beyond the samples of tier 2" in line
-    assert line.endswith("at most 0.8 of the samples of its probe for each tied trial")
-    assert (planned.left_out_of_ties, to_plain(planned)["ties"]["used"]) == ({}, True)
-    assert told_plan(tmp_path, calibration(), budget=0)[1].endswith("as tier2.budget is 0")
-
-
-def test_the_plan_says_on_which_rungs_a_metric_of_the_tie_break_does_not_fit(
-    tmp_path: Path,
-) -> None:
-    both = {"sam_sharpness": 0.4, "noise_sigma": 0.4}
-    weighed = calibration(weights=both, standard_errors=dict.fromkeys(both, 0.1))
-    planned, line = told_plan(tmp_path, weighed)
-    options = spec(metrics=["sam_sharpness", "noise_sigma"], refinements=[]).tier2
-    fitting = {r.rung: plan_measurement(options, r).left_out for r in planned.rungs[:2]}
-    assert fitting == {1: ("noise_sigma", "sam_sharpness"), 2: ("noise_sigma",)}
-    assert planned.left_out_of_ties == fitting
-    assert "left out on rung 1, as over tier2.budget: noise_sigma, sam_sharpness (accuracy" in line
-    assert line.endswith("left out on rung 2, as over tier2.budget: noise_sigma")
-
-
 def test_a_study_from_before_keeps_its_digest() -> None:
     off = spec(tie_break="off")
     plain = off.model_dump(mode="json")
     del plain["tier2"]["tie_break"], plain["tier2"]["calibration"]
     assert digest(Spec.model_validate(plain)) == digest(off) != digest(spec())
-
-
-# --- what is said -----------------------------------------------------------------------------
-
-
-def test_the_page_shows_the_choices_it_changed_or_why_it_was_not_used() -> None:
-    study = result_from_events(make_events(num_trials=12))
-    assert tie_sentence(study) == ""
-    assert "Ties that tier 2 settled" not in study_page(study)
-    names = ("t000", "t002", "t005", "t007")
-    choice = TieChoice(
-        bracket=0,
-        rung=1,
-        tied=names,
-        accuracies=dict(zip(names, (0.9, 0.89, 0.88, 0.88), strict=True)),
-        values=dict(zip(names, (0.1, -0.3, 0.2, 0.0), strict=True)),
-        kept=("t000", "t005"),
-        usual=("t000", "t002"),
-        standard_error=difference_error(0.89, 0.88, IMAGES),
-    )
-    changed = dataclasses.replace(study, tie_break=FLAT, tie_choices=(choice,))
-    (row,) = tie_data(changed).to_dict("records")
-    assert (row["rung"], row["kept"], row["passed_over"]) == (1, "t005", "t002")
-    assert (row["behind"], row["value"], row["other"]) == (pytest.approx(-1), 0.2, -0.3)
-    assert "it settled 1 tie and changed 1 choice." in tie_sentence(changed)
-    same = dataclasses.replace(choice, kept=choice.usual)
-    kept = dataclasses.replace(study, tie_break=FLAT, tie_choices=(same,))
-    assert "it settled 1 tie and changed no choice." in tie_sentence(kept)
-    unused = dataclasses.replace(study, tie_break=earned(None, ROWS))
-    for found in (changed, kept, unused):
-        assert tie_sentence(found) in study_page(found).replace("\u00a0", " ")
-    assert tie_sentence(unused) == (
-        "Tier 2 was not used to settle ties at promotions: no calibration was given in "
-        "tier2.calibration."
-    )
-
-
-def test_what_is_measured_for_ties_in_tier_1_is_no_progress_of_tier_2() -> None:
-    log = make_events(num_trials=12, until="tier1")
-    over = next(k for k, e in enumerate(log) if (e.get("name"), e.get("status")) == TIER1_END)
-    plain, state = ProgressState(), ProgressState()
-    for event in log[:over]:
-        plain.update(event)
-        state.update(event)
-    rows, left, seen = _rows(plain), plain.remaining(), plain.samples_spent
-    assert ("tier 2", 0.0, "0/4 measured") in rows
-
-    probe = next(e["job"] for e in log if e["event"] == "job")
-    for num, name in enumerate(("t000", "t001"), 1):
-        job = probe | {"kind": "measure", "job_id": f"{name}-t1", "metrics": ["sam_sharpness"]}
-        state.update({"event": "job", "job": job | {"trial": probe["trial"] | {"trial_id": name}}})
-        assert _rows(state)[0][2].endswith(f"{num - 1}/{num} measured for ties")
-        assert state.remaining() == left, "while it runs"
-        end = JobEnd(f"{name}-t1", name, "completed", samples_seen=500, seconds=1e6)
-        state.update({"event": "job_end", "kind": "measure", "end": to_plain(end)})
-        assert _rows(state)[1:] == rows[1:]
-        assert state.remaining() == left
-    assert state.counts("measure") == plain.counts("measure") == (0, 0)
-    assert state.expected("measure") == 4
-    assert (state.samples_spent, seen) == (plain.samples_spent + 1000, plain.samples_spent)
-    assert _spent(state) == _spent(plain) + ", 1,000 more in tier 2"
 
 
 # --- end to end -------------------------------------------------------------------------------
