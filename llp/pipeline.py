@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import os
 import shutil
 import sys
@@ -64,7 +63,7 @@ from llp.tracking.ledger import Ledger, check_same_spec, has_study, load_study, 
 from llp.tracking.ledger import find_study as find_in_root
 from llp.tracking.links import read_state
 from llp.tracking.shipper import start_shipper, wait_shipper
-from llp.training.check import check_batch
+from llp.training.check import check_batch, check_data
 from llp.training.model_cost import ModelCosts
 from llp.training.proxies import ProxyScores
 from llp.verification import RaceSource, choose_verified, verification_source
@@ -157,7 +156,7 @@ def plan(spec: Spec, data: ImageData | None = None) -> Plan:
         for rung in rungs
     ]
     check_ladder(spec, len(data.train), data.num_classes, counts)
-    _check_plan(spec, data, rungs)
+    check_data(spec, data, rungs)
     scheduler = make_scheduler(spec)
     make_rules(spec, "stop_rules")
     make_rules(spec, "search_rules")
@@ -189,34 +188,6 @@ def plan(spec: Spec, data: ImageData | None = None) -> Plan:
         ties=ties,
         left_out_of_ties=left_out_of_ties(spec, ties, rungs),
     )
-
-
-def _check_plan(spec: Spec, data: ImageData, rungs: tuple[Rung, ...]) -> None:
-    problems = []
-    if len(data.validation) < data.num_classes:
-        text = (
-            f"{spec.dataset.validation_fraction:g} leaves {len(data.validation)} validation images "
-            f"for {data.num_classes} classes, too few to choose by; use a larger fraction"
-        )
-        problems.append(spec.problem("dataset.validation_fraction", text))
-    if spec.verification.corrupted and not _is_uint8(data):
-        text = "corruptions need uint8 images of 1 or 3 channels, and this dataset has others"
-        problems.append(spec.problem("verification.corrupted", text))
-    for below, above in itertools.pairwise(rungs):
-        if (below.num_examples, below.epochs) == (above.num_examples, above.epochs):
-            text = (
-                f"rungs {below.rung} and {above.rung} are the same {below.num_examples:,} images "
-                f"and {below.epochs} epochs; drop one or move them apart"
-            )
-            problems.append(spec.problem(f"tier1.data_fractions.{above.rung - 1}", text))
-    if problems:
-        raise SpecError(problems)
-
-
-def _is_uint8(data: ImageData) -> bool:
-    """Whether the images are what `workloads.corruptions` works on; those in files are."""
-    kind = getattr(data.train.images, "dtype", np.uint8)
-    return bool(kind == np.uint8) and data.channels in (1, 3)
 
 
 def check(spec: Spec) -> CheckReport:

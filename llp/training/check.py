@@ -1,19 +1,21 @@
-"""One batch through forward, backward and evaluation, before any worker starts: `check_batch`."""
+"""Before any worker starts: the images against the file, and one batch through the model."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
 from llp.errors import SpecError
-from llp.records import HyperparameterValue
+from llp.records import HyperparameterValue, Rung
 from llp.spec.domains import RandomSearch
 from llp.spec.schema import Spec
 from llp.training import loop
@@ -23,6 +25,40 @@ from llp.workloads.images import ImageData
 
 WARM_STEPS = 5
 WARM_SECONDS = 0.5
+
+
+def check_data(spec: Spec, data: ImageData, rungs: Sequence[Rung]) -> None:
+    """Refuses what the images, or the ladder made of their number, do not allow.
+
+    Raises:
+        SpecError: Too few validation images, corruptions of images that are not uint8, or two rungs
+            that are the same.
+    """
+    problems = []
+    if len(data.validation) < data.num_classes:
+        text = (
+            f"{spec.dataset.validation_fraction:g} leaves {len(data.validation)} validation images "
+            f"for {data.num_classes} classes, too few to choose by; use a larger fraction"
+        )
+        problems.append(spec.problem("dataset.validation_fraction", text))
+    if spec.verification.corrupted and not _is_uint8(data):
+        text = "corruptions need uint8 images of 1 or 3 channels, and this dataset has others"
+        problems.append(spec.problem("verification.corrupted", text))
+    for below, above in itertools.pairwise(rungs):
+        if (below.num_examples, below.epochs) == (above.num_examples, above.epochs):
+            text = (
+                f"rungs {below.rung} and {above.rung} are the same {below.num_examples:,} images "
+                f"and {below.epochs} epochs; drop one or move them apart"
+            )
+            problems.append(spec.problem(f"tier1.data_fractions.{above.rung - 1}", text))
+    if problems:
+        raise SpecError(problems)
+
+
+def _is_uint8(data: ImageData) -> bool:
+    """Whether the images are what `workloads.corruptions` works on; those in files are."""
+    kind = getattr(data.train.images, "dtype", np.uint8)
+    return bool(kind == np.uint8) and data.channels in (1, 3)
 
 
 def check_batch(spec: Spec, data: ImageData, device: str | torch.device = "cpu") -> dict[str, Any]:
