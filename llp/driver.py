@@ -163,6 +163,10 @@ def _no_costs(hyperparameters: Mapping[str, HyperparameterValue]) -> Mapping[str
     return {}
 
 
+def _no_operations(hyperparameters: Mapping[str, HyperparameterValue]) -> float:
+    return 0.0
+
+
 @dataclass
 class ProbeSource:
     """Tier 1 as a source of jobs: asks the scheduler, the searcher and the stop rules.
@@ -180,6 +184,7 @@ class ProbeSource:
         report_every: Epochs between two points of a job.
         num_kept: Trials that go on from the highest rung, to tier 2 and verification.
         model_costs: Size of the network of a configuration, for those who ask for it.
+        operations: Multiply-adds of that network, for schedulers that count them.
         tie_break: What ties at promotions are settled by; None: not at all.
         tie_values: The calibrated contribution of tier 2 of tied trials.
     """
@@ -196,6 +201,7 @@ class ProbeSource:
     report_every: int = 1
     num_kept: int = 1
     model_costs: Callable[[Mapping[str, HyperparameterValue]], Mapping[str, float]] = _no_costs
+    operations: Callable[[Mapping[str, HyperparameterValue]], float] = _no_operations
     tie_break: TieBreak | None = None
     tie_values: TieValues = _no_values
 
@@ -240,7 +246,8 @@ class ProbeSource:
                 return
             accuracy = on_lowest_rung(state, trial_id, rung)
             told: tuple[Any, ...] = (accuracy if math.isfinite(accuracy) else None,)
-            if getattr(self.searcher, "objectives", ()):
+            several = bool(getattr(self.searcher, "objectives", ()))
+            if several and math.isfinite(accuracy):  # the network of a failed one may not exist
                 told = (*told, self._costs(state, trial_id, rung))
             tell(int(trial_id[1:]), *told)
 
@@ -344,15 +351,29 @@ class ProbeSource:
         job = self._job(trial, decision.rung)
         lines = list(before)
         if getattr(self.scheduler, "cost", "") == "operations":  # before the trial they are of
-            operations = self.model_costs(trial.hyperparameters).get("operations")
-            if operations:
-                lines.append(("operations", {"trial_id": trial.trial_id, "operations": operations}))
+            lines += self._operations_of(trial)
         lines.append(("trial", {"trial": trial}))
         noted = getattr(self.searcher, "noted", None)
         if noted is not None and index in noted:
             lines.append(("proxy", {"trial_id": trial.trial_id, "proxy": noted[index]}))
         self.study.record_all([*lines, ("job", {"job": job})])
         return job
+
+    def _operations_of(self, trial: Trial) -> list[tuple[str, Mapping[str, Any]]]:
+        """What its network takes; nothing when that cannot be built, which its worker will find."""
+        try:
+            operations = self.operations(trial.hyperparameters)
+        except Exception as error:  # noqa: BLE001 - networks raise anything
+            logger.warning(
+                "the operations of %s cannot be counted, it is taken for average: %s: %s; %s",
+                trial.trial_id,
+                type(error).__name__,
+                error,
+                dict(trial.hyperparameters),
+            )
+            return []
+        found = {"trial_id": trial.trial_id, "operations": operations}
+        return [("operations", found)] if operations else []
 
     def _half_written(self) -> Job | None:
         """Goes on with a step of which a kill let only the first lines reach the disk."""

@@ -438,6 +438,7 @@ def probes(
         report_every=spec.tier1.report_every,
         num_kept=num_kept(spec),
         model_costs=costs,
+        operations=costs.operations,
         tie_break=tie_break,
         tie_values=tie_values,
     )

@@ -7,15 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from study_runs import TINY
 
+from llp import pipeline
 from llp.cluster.searchers import gp, tpe
 from llp.driver import ListedSource, PhasedSource, ProbeSource, Study, derived_seed
 from llp.probing.freeze_thaw import FreezeThaw
 from llp.probing.promotion import DONE, WAIT, Asha
 from llp.probing.stopping import PowerLaw
 from llp.records import CheckpointRef, CurvePoint, Job, JobEnd, Rung, Trial
+from llp.spec import load_spec
 from llp.spec.domains import Choice, Fixed, LogUniform, RandomSearch, Uniform
 from llp.tracking.ledger import Ledger
+from llp.training.model_cost import ModelCosts
+from llp.workloads import load
 
 RUNGS = [Rung(1, 0.5, 50, 6), Rung(2, 1.0, 100, 6)]
 SPACE = {"x": Uniform(low=0.0, high=1.0)}
@@ -309,7 +314,7 @@ def test_operations_reach_the_ledger_before_their_trial_wherever_it_is_cut(tmp_p
             scheduler=FreezeThaw(6, 2, wave=3, cost="operations"),
             searcher=RandomSearch(SPACE, (), 0),
             rungs=RUNGS,
-            model_costs=lambda values: {"operations": 1e6 * (1 + float(values["x"]))},
+            operations=lambda values: 1e6 * (1 + float(values["x"])),
         )
 
     study = make_study(tmp_path / "whole")
@@ -328,3 +333,98 @@ def test_operations_reach_the_ledger_before_their_trial_wherever_it_is_cut(tmp_p
         found = [e["decision"] for e in cut.history if e["event"] == "decision"]
         assert [d for d in found if d["kind"] != "retry"] == expected
         assert cut.state.operations == study.state.operations
+
+
+NET = """
+from torch import nn
+
+def build(*, channels, image_size, num_classes, width=4):
+    if width == 8:
+        raise ValueError("8 is not a width")
+    pixels = channels * image_size**2
+    return nn.Sequential(nn.Flatten(), nn.Linear(pixels, width), nn.Linear(width, num_classes))
+"""
+
+
+def test_a_network_that_cannot_be_built_is_a_failed_trial_and_not_the_end_of_the_search(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "narrow_net.py").write_text(NET)
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    spec = load_spec(
+        tmp_path / "tiny.yaml",
+        [
+            "model={name: 'narrow_net:build'}",
+            "search_space.width=[8, 16, 32]",
+            "searcher={name: random}",
+            "tier1.scheduler=freeze_thaw",
+            "tier1.scheduler_options={cost: operations}",
+            "tier1.max_failures=0",
+        ],
+    )
+    data = load(spec.dataset, spec.seed)
+    pixels = data.channels * data.image_size**2
+
+    def played(study: Study) -> Study:
+        source = pipeline.probes(spec, study, ModelCosts(spec, data))
+        while (job := source.next_job()) != DONE:
+            assert job != WAIT, "one worker never has to wait"
+            values = job.trial.hyperparameters
+            outcome = "failed" if values["width"] == 8 else "completed"
+            work(source, job, accuracy=float(values["momentum"]), outcome=outcome)
+        return study
+
+    study = played(make_study(tmp_path / "whole"))
+    widths = {name: t.hyperparameters["width"] for name, t in study.state.trials.items()}
+    broken = {name for name, width in widths.items() if width == 8}
+    assert broken
+    assert study.state.operations == {
+        name: pixels * width + width * data.num_classes
+        for name, width in widths.items()
+        if name not in broken
+    }
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(told) == len(broken)
+    for name in broken:
+        assert any(f"of {name} cannot" in text and "8 is not a width" in text for text in told)
+    expected = [e["decision"] for e in study.history if e["event"] == "decision"]
+    lines = study.ledger.path.read_bytes().splitlines(keepends=True)
+    first = next(
+        k
+        for k, event in enumerate(study.history)
+        if event["event"] == "trial" and event["trial"]["trial_id"] in broken
+    )
+    for place in (first, first + 1, first + 2, len(lines) // 2, len(lines)):
+        folder = tmp_path / f"cut{place}"
+        folder.mkdir(exist_ok=True)
+        (folder / "ledger.jsonl").write_bytes(b"".join(lines[:place]))
+        cut = played(reopen(Study(Ledger.open(folder))))
+        found = [e["decision"] for e in cut.history if e["event"] == "decision"]
+        assert [d for d in found if d["kind"] != "retry"] == expected
+        assert cut.state.operations == study.state.operations
+
+
+def test_costs_are_asked_only_of_a_configuration_that_has_a_result(tmp_path):
+    told = []
+
+    class Listening(RandomSearch):
+        objectives = ("error", "parameters")
+
+        def tell(self, index: int, value: float | None, costs: Any = None) -> None:
+            told.append((index, value, costs and costs["parameters"]))
+
+    def size(values: Any) -> dict[str, float]:
+        assert asked != ["t000"], "its network cannot be built"
+        return {"parameters": 7.0}
+
+    source = probes(
+        make_study(tmp_path / "s"), 2, searcher=Listening(SPACE, (), 0), model_costs=size
+    )
+    asked: list[str] = []
+    while (job := source.next_job()) != DONE and job.rung.rung == 1:
+        asked[:] = [job.trial.trial_id]
+        work(source, job, outcome="failed" if asked == ["t000"] else "completed")
+    assert told[0] == (0, None, None)
+    assert told[1][0] == 1
+    assert told[1][2] == 7.0
