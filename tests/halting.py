@@ -27,7 +27,11 @@ def name_of(process: psutil.Process) -> str:
 
 
 def halt(process: psutil.Process, seconds: float = 60) -> bool:
-    """Sends SIGSTOP and waits until every thread has stopped; False when the process is gone."""
+    """Sends SIGSTOP and waits until every thread has stopped; False when the process is gone.
+
+    Raises:
+        TimeoutError: It has not stopped in `seconds`; it goes on.
+    """
     deadline = time.monotonic() + seconds
     with contextlib.suppress(psutil.Error):
         process.suspend()
@@ -38,6 +42,7 @@ def halt(process: psutil.Process, seconds: float = 60) -> bool:
         if set(states) == {"T"}:
             return True
         if time.monotonic() > deadline:
+            resume([process])
             raise TimeoutError(f"{process} does not stop: its threads are {states}")
         time.sleep(0.001)
 
