@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from study_runs import environment, signals_itself
 
 from llp.tracking.ledger import load_study, read_events
 
@@ -31,24 +29,16 @@ SMALL = {
 }
 
 
-def start(folder, *arguments):
-    return subprocess.Popen(
-        [sys.executable, "-m", "llp.cli", *arguments],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        # What is started by tests in the background may ignore Ctrl-C.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+def run(folder, command):
+    return subprocess.run(
+        command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=1200
     )
 
 
 def llp(folder, *arguments, code=0):
-    process = start(folder, *arguments)
-    out, err = process.communicate(timeout=1200)
-    assert process.returncode == code, err
-    return out, err
+    done = run(folder, [sys.executable, "-m", "llp.cli", *arguments])
+    assert done.returncode == code, done.stderr
+    return done.stdout, done.stderr
 
 
 def write(folder, **changes):
@@ -72,22 +62,19 @@ def test_from_a_file_to_a_winner_and_everything_one_can_ask_of_it(tmp_path):
     assert "exists already" in err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_the_study_and_the_printed_line_goes_on_with_it(tmp_path, number):
+@pytest.mark.parametrize("sent", ["SIGINT", "SIGTERM"])
+def test_a_signal_saves_the_study_and_the_printed_line_goes_on_with_it(tmp_path, sent):
     write(tmp_path, tier1={**SMALL["tier1"], "num_trials": 30})
-    process = start(tmp_path, "search", "small.yaml", "--study", "mine")
     ledger = tmp_path / "llp_studies" / "mine" / "ledger.jsonl"
-    deadline = time.monotonic() + 900
-    while not (ledger.exists() and ledger.read_text().count('"event":"job_end"') >= 3):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=600)
-    assert process.returncode == 130, err
-    line = err.strip().splitlines()[-1].split()
+    words = ("llp.cli", "search", "small.yaml", "--study", "mine")
+    stopped = run(tmp_path, signals_itself(sent, f"ledger={ledger}", 40, *words))
+    assert stopped.returncode == 130, stopped.stderr
+    line = stopped.stderr.strip().splitlines()[-1].split()
     assert line == ["llp", "resume", "mine"]
-    before = [e["end"]["job_id"] for e in read_events(ledger.parent) if e["event"] == "job_end"]
+    log = [*read_events(ledger.parent)]
+    assert log[-1]["event"] != "finished"
+    before = [e["end"]["job_id"] for e in log if e["event"] == "job_end"]
+    assert len(before) >= 3
     llp(tmp_path, *line[1:])
     after = [e["end"]["job_id"] for e in read_events(ledger.parent) if e["event"] == "job_end"]
     assert after[: len(before)] == before

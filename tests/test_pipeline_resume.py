@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import time
 from collections import Counter
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
-from study_runs import TINY, events, killed_at, llp, start
+from study_runs import TINY, environment, events, killed_at, llp, signals_itself, start
 
 from llp.driver import ProbeSource
 from llp.pipeline import make_scheduler, num_kept
@@ -154,14 +155,18 @@ def test_replaying_a_ledger_of_several_workers_gives_every_decision_again(tmp_pa
 def test_interrupting_saves_the_state_and_says_how_to_go_on(tmp_path):
     (tmp_path / "tiny.yaml").write_text(TINY)
     ledger = tmp_path / "llp_studies" / "stop" / "ledger.jsonl"
-    process = start("search", "tiny.yaml", "--study", "stop", folder=tmp_path)
-    deadline = time.monotonic() + 600
-    while not (ledger.exists() and ledger.read_bytes().count(b"\n") > 10):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.terminate()
-    assert process.wait(timeout=300) == 130
-    assert "llp resume stop" in (tmp_path / "driver.log").read_text()
+    words = ("llp.cli", "search", "tiny.yaml", "--study", "stop")
+    stopped = subprocess.run(
+        signals_itself("SIGTERM", f"ledger={ledger}", 11, *words),
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert stopped.returncode == 130, stopped.stderr
+    assert "llp resume stop" in stopped.stderr
+    assert events(ledger)[-1]["event"] != "finished"
 
 
 def test_the_plan_is_what_is_spent_when_nothing_is_stopped(tmp_path):
