@@ -12,12 +12,15 @@ def about_earlier(found: EarlierStudies) -> list[str]:
     >>> about_earlier(EarlierStudies(("a",), {"b": "not finished"}, {"too wide": 2}, 3))
     ['3 first configurations from 1 study: a', 'left out b (not finished)', \
 '2 configurations left out (2 too wide)']
+    >>> about_earlier(EarlierStudies(()))
+    ['0 first configurations from 0 studies']
     """
-    studies = formats.plural(len(found.used), "study").replace("studys", "studies")
+    studies = formats.plural(len(found.used), "study", "studies")
     what = formats.plural(found.num_first, "first configuration")
     if found.num_results:
         what += f" and {formats.plural(found.num_results, 'result')}"
-    lines = [f"{what} from {studies}: {formats.listed([*found.used])}"]
+    names = f": {formats.listed([*found.used])}" if found.used else ""
+    lines = [f"{what} from {studies}{names}"]
     if found.left_out:
         why = [f"{name} ({reason})" for name, reason in found.left_out.items()]
         lines.append(f"left out {formats.listed(why)}")

@@ -186,13 +186,13 @@ def moment(unix_time: Any) -> str:
     return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(unix_time))
 
 
-def plural(num: int, noun: str) -> str:
-    """`num` with its noun.
+def plural(num: int, noun: str, several: str = "") -> str:
+    """`num` with its noun, of which `several` is the plural where that takes more than an s.
 
-    >>> plural(1, "trial"), plural(3, "trial")
-    ('1 trial', '3 trials')
+    >>> plural(1, "trial"), plural(3, "trial"), plural(2, "study", "studies")
+    ('1 trial', '3 trials', '2 studies')
     """
-    return f"{num:,} {noun}" + ("" if num == 1 else "s")
+    return f"{num:,} {noun if num == 1 else several or noun + 's'}"
 
 
 def listed(names: list[str], most: int = 6) -> str:

@@ -113,15 +113,15 @@ def ladder_section(result: SearchResult) -> Section:
         key="decisions",
         title="Decisions",
         reading=", ".join(
-            formats.plural(int(counts[kind]), noun)
-            for kind, noun in (
+            formats.plural(int(counts[kind]), *nouns)
+            for kind, *nouns in (
                 ("promote", "promotion"),
                 ("stop", "early stop"),
                 ("audit", "audit"),
-                ("retry", "retry"),
+                ("retry", "retry", "retries"),
             )
             if kind in counts
-        ).replace("retrys", "retries")
+        )
         + "."
         + "".join(f" Tier 1 ended early, {d.reason}." for d in result.decisions if d.kind == "end")
         if len(counts)
