@@ -18,6 +18,7 @@ from llp.records import Decision, EarlierStudies, to_plain
 from llp.reporting.earlier_exhibit import with_earlier
 from llp.reporting.exhibits import Section
 from llp.reporting.html import write_report
+from llp.reporting.probing_sections import ladder_section
 from llp.spec import digest, load_spec, notes
 from llp.tracking.ledger import load_study
 from llp.tracking.replay import result_from_events
@@ -90,6 +91,18 @@ def test_screen_summary_and_page_say_that_early_stopping_went_off(folder):
     plain, quiet, _ = shown(make_events())
     assert facts(plain)["early_stopping_off"] is None
     assert not any("went off" in line for line in quiet)
+
+
+def test_several_retries_are_counted_in_their_plural():
+    result = result_from_events(make_events())
+    for num, words in ((1, "1 retry."), (2, "2 retries.")):
+        decisions = (
+            Decision("promote", "t000", 2, "x"),
+            *[Decision("retry", "t001", 1, "x")] * num,
+        )
+        exhibits = ladder_section(replace(result, decisions=decisions)).exhibits
+        reading = next(e.reading for e in exhibits if e.key == "decisions")
+        assert reading == f"1 promotion, {words}"
 
 
 def test_a_terminal_keeps_the_line_above_the_live_block():
