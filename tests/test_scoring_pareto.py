@@ -189,7 +189,7 @@ def test_a_search_with_several_objectives_ends_with_fronts(tmp_path):
     assert "Several objectives" in (tmp_path / "llp_studies" / "many" / "report.html").read_text()
 
 
-@pytest.mark.parametrize("build", [tpe, gp])
+@pytest.mark.parametrize("build", [tpe, pytest.param(gp, marks=pytest.mark.slow)])
 def test_a_searcher_with_objectives_covers_more_of_the_front_than_random_draws(build):
     """Error falls and cost rises with x; y only does harm: the front is y = 0, all x."""
     space = {"x": Uniform(low=0, high=1), "y": Uniform(low=0, high=1)}
