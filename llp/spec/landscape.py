@@ -27,7 +27,7 @@ from llp.spec import loading, options, secrets, wording
 from llp.spec.checks import Finding
 from llp.spec.domains import Frozen, Number, Value, Whole, wrong
 from llp.spec.schema import Spec
-from llp.spec.source import OVERRIDE, Position, Source, as_parts, parse, set_path
+from llp.spec.source import OVERRIDE, Position, Source, as_parts
 
 Extent = Number | tuple[Number, Number]
 PlaneKind = Literal["random", "hessian", "hessian_signed", "adam", "trajectory", "random_base"]
@@ -336,9 +336,11 @@ def load_landscape(
     """
     data, places, found = loading.content({} if source is None else source, search_path=())
     data.setdefault("source", {})
-    found += _apply(data, places, [text for text in overrides if _names_experiment(text)])
+    whole = [text for text in overrides if _names_experiment(text)]
+    others = [text for text in overrides if not _names_experiment(text)]
+    found += loading.override(data, whole, places)
     found += _expand_experiment(data, places)
-    found += _apply(data, places, [text for text in overrides if not _names_experiment(text)])
+    found += loading.override(data, others, places)
     spec: LandscapeSpec | None = None
     try:
         spec = LandscapeSpec.model_validate(data)
@@ -363,22 +365,6 @@ def load_landscape(
 
 def _names_experiment(override: str) -> bool:
     return override.partition("=")[0].strip() == "experiment"
-
-
-def _apply(data: dict[str, Any], places: Source, overrides: Sequence[str]) -> list[Problem]:
-    found = []
-    for override in overrides:
-        dotted, sign, text = override.partition("=")
-        path = as_parts(dotted.strip())
-        if not sign or "" in path:
-            message = f"'{override}' is not of the form path.to.key=VALUE"
-            found.append(Problem(message, file=OVERRIDE))
-            continue
-        value, _, bad = parse(text, OVERRIDE)
-        fault = bad[0].message if bad else set_path(data, path, value, places)
-        if fault:
-            found.append(Problem(fault, path=dotted.strip(), file=OVERRIDE))
-    return found
 
 
 def _expand_experiment(data: dict[str, Any], places: Source) -> list[Problem]:
