@@ -14,6 +14,7 @@ from torch import nn
 
 from llp import optim, registry
 from llp.errors import SpecError
+from llp.optim.muon import BatchedMuon
 
 ROWS = sorted(registry.OPTIMIZERS)
 LEARNING_RATE = {"sgd": 0.02, "sam": 0.02, "asam": 0.02, "entropy_sgd": 0.02, "talt": 0.02}
@@ -376,6 +377,27 @@ def test_muon_steps_follow_the_published_update() -> None:
     assert torch.allclose(hidden.detach().double().flatten(1), expected, atol=2e-3)
     for own, reference in zip((head, bias), adamw.param_groups[0]["params"], strict=True):
         assert torch.allclose(own, reference, atol=1e-6)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_muon_in_batches_is_torchs_muon(nesterov: bool) -> None:
+    shapes = [(6, 12), (12, 6), (6, 12), (3, 12), (6, 12)]
+    options: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.1, "nesterov": nesterov}
+    ends = []
+    for kind in (torch.optim.Muon, BatchedMuon):
+        generator = torch.Generator().manual_seed(0)
+        weights = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+        optimizer = kind(weights, adjust_lr_fn="match_rms_adamw", **options)
+        for step in range(5):
+            for number, weight in enumerate(weights):
+                gradient = torch.randn(weight.shape, generator=generator)
+                weight.grad = None if (number, step) == (2, 3) else gradient
+            optimizer.step()
+            if step == 2:
+                optimizer.load_state_dict(optimizer.state_dict())
+        ends.append(weights)
+    for expected, own in zip(*ends, strict=True):
+        assert torch.allclose(expected, own, rtol=0, atol=1e-3)  # bfloat16: 0.4 % of a step
 
 
 def test_a_group_may_say_who_takes_it() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from llp import optim
 from llp.optim import talt as module
 from llp.optim.talt import Talt
 from llp.optim.wrapper import as_matrix, like_matrix
@@ -150,6 +151,46 @@ def test_tensors_become_matrices_and_back(layout: torch.memory_format) -> None:
     assert torch.equal(like_matrix(matrix.clone(), tensor), tensor)
     for other in (torch.randn(5), torch.randn(1, 7), torch.randn(3, 4)):
         assert torch.equal(like_matrix(as_matrix(other).clone(), other), other)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.randn(6, 4, 3, 3)[:, :2],
+        torch.randn(6, 2, 3, 6)[..., ::2],
+        torch.randn(6, 1, 1, 1).expand(6, 2, 3, 3),
+        torch.randn(2, 6, 3, 3).transpose(0, 1),
+        torch.randn(6, 2, 1, 1).to(memory_format=torch.channels_last),
+    ],
+    ids=["part", "every other", "repeated", "turned", "one by one"],
+)
+def test_any_layout_becomes_a_matrix_with_its_rows(tensor: torch.Tensor) -> None:
+    matrix = as_matrix(tensor)
+    rows = tensor.flatten(1)
+    assert matrix.shape == rows.shape
+    assert torch.equal(matrix.sort(1).values, rows.sort(1).values)
+    assert torch.equal(like_matrix(matrix.clone(), tensor), tensor)
+
+
+def test_a_gradient_that_is_no_matrix_in_memory_is_changed_all_the_same() -> None:
+    changed = []
+    for scattered in (False, True):
+        weight = nn.Parameter(torch.zeros(6, 2, 3, 3))
+        optimizer: Any = optim.build(
+            "talt", [weight], learning_rate=0.1, weight_decay=0.0, min_size=2, update_interval=2
+        )
+        optimizer.seed = 0
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(7):
+            gradient = torch.randn(6, 2, 3, 3, generator=generator)
+            if scattered:
+                gradient = torch.zeros(6, 2, 3, 6)[..., ::2].copy_(gradient)
+            weight.grad = gradient
+            raw = gradient.clone()
+            optimizer.step()
+        assert not torch.equal(weight.grad, raw)
+        changed.append(weight.detach().clone())
+    assert torch.allclose(*changed, rtol=1e-5, atol=1e-6)
 
 
 # --- on surfaces made for it ------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 Muon steps along the momentum of the gradient with its singular values set to about 1, by five
 Newton-Schulz iterations (Jordan et al., 2024, "Muon: An optimizer for hidden layers in neural
-networks"). The update is torch's own `torch.optim.Muon`, which takes matrices only. Here a
+networks"). The update is that of `torch.optim.Muon`, which takes matrices only, with all matrices
+of one shape in one batch (`BatchedMuon`): on a GPU their launches are what a step costs. Here a
 convolution is the matrix `[out, everything else]`, and what is no hidden matrix goes to AdamW, as
 Jordan et al. advise: vectors (biases, normalisation), and the output layer, which is the last
 matrix in the order of the parameters. A parameter group with `use_muon: True` or `False` decides
@@ -15,7 +16,8 @@ LLM Training", section 2.2).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,11 +27,89 @@ from torch.optim import AdamW, Optimizer
 from llp.optim import Parameters
 from llp.optim.wrapper import as_matrix
 
-SCALE = "match_rms_adamw"
+SCALE, SCALE_FACTOR = "match_rms_adamw", 0.2
+
+
+class BatchedMuon(torch.optim.Muon):
+    """`torch.optim.Muon`, options and state included, with the matrices of one shape in one batch.
+
+    The numbers are torch's up to the order of sums in bfloat16, in which the iterations are made.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; see `torch.optim.Optimizer`."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            weights = [p for p in group["params"] if p.grad is not None]
+            if not weights:
+                continue
+            gradients = [p.grad for p in weights]
+            for p in weights:
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
+            means = [self.state[p]["momentum_buffer"] for p in weights]
+            torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
+            moves: Sequence[Tensor] = means
+            if group["nesterov"]:
+                moves = torch._foreach_lerp(gradients, means, group["momentum"])
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+            for numbers in _by_shape(moves):
+                rows, columns = moves[numbers[0]].shape
+                units = near_orthogonal(
+                    torch.stack([moves[k] for k in numbers]),
+                    coefficients=group["ns_coefficients"],
+                    steps=group["ns_steps"],
+                    epsilon=group["eps"],
+                )
+                torch._foreach_add_(
+                    [weights[k] for k in numbers],
+                    units.to(weights[numbers[0]].dtype).unbind(0),
+                    alpha=-group["lr"] * SCALE_FACTOR * math.sqrt(max(rows, columns)),
+                )
+        return loss
+
+
+def _by_shape(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Numbers of those that can be stacked."""
+    found: dict[tuple[Any, ...], list[int]] = {}
+    for number, tensor in enumerate(tensors):
+        found.setdefault((tensor.shape, tensor.device, tensor.dtype), []).append(number)
+    return list(found.values())
+
+
+def near_orthogonal(
+    matrices: Tensor, *, coefficients: tuple[float, float, float], steps: int, epsilon: float
+) -> Tensor:
+    """`matrices` `[count, rows, columns]` with their singular values brought to about 1.
+
+    The quintic Newton-Schulz iteration of Jordan et al., in bfloat16: singular values end between
+    about .5 and 1.5 rather than at 1, as in `torch.optim.Muon`.
+
+    Args:
+        matrices: Each is scaled by its own norm first.
+        coefficients: Of `X`, `(X X^T) X` and `(X X^T)^2 X`.
+        steps: Iterations.
+        epsilon: Least norm that is divided by.
+    """
+    a, b, c = coefficients
+    found = matrices.to(torch.bfloat16)
+    turned = matrices.shape[1] > matrices.shape[2]
+    if turned:
+        found = found.mT
+    found = found / torch.linalg.vector_norm(found, dim=(1, 2), keepdim=True).clamp(min=epsilon)
+    for _ in range(steps):
+        square = torch.bmm(found, found.mT)
+        polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
+        found = torch.baddbmm(found, polynomial, found, beta=a)
+    return found.mT if turned else found
 
 
 class MuonAdamW(Optimizer):
-    """`torch.optim.Muon` on matrices and `torch.optim.AdamW` on the rest.
+    """`BatchedMuon` on matrices and `torch.optim.AdamW` on the rest.
 
     Args:
         groups: Parameters, or groups of them; `lr`, `weight_decay` and `use_muon` may be set in
@@ -77,7 +157,7 @@ class MuonAdamW(Optimizer):
             shared = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
             muon_groups.append({"params": faces, **shared})
             adamw_groups.append({"params": rest, **shared})
-        self.muon = torch.optim.Muon(
+        self.muon = BatchedMuon(
             muon_groups,
             lr=learning_rate,
             weight_decay=weight_decay,
@@ -104,7 +184,7 @@ class MuonAdamW(Optimizer):
             # Again every time: the weight may have been moved to another device or layout.
             face.data = as_matrix(parameter.detach())
             face.grad = None if parameter.grad is None else _as_laid_out(parameter.grad, parameter)
-        self.muon.step()  # type: ignore[no-untyped-call]
+        self.muon.step()
         self.adamw.step()
         for _, face in self._pairs:
             face.grad = None

@@ -269,18 +269,18 @@ def power_iteration(
     )
     vectors = start
     for _ in range(max(iterations, 1)):
-        vectors = orthonormal(shifted @ vectors)
+        vectors = orthonormal(torch.bmm(shifted, vectors))
         if tolerance is not None and bool(_pairs(scaled, vectors).converged(tolerance).all()):
             break
     # One Newton-Schulz step takes the rounding out of what is orthonormal already.
-    vectors = torch.baddbmm(vectors, vectors, vectors.mT @ vectors, beta=1.5, alpha=-0.5)
+    vectors = torch.baddbmm(vectors, vectors, torch.bmm(vectors.mT, vectors), beta=1.5, alpha=-0.5)
     found = _pairs(scaled, vectors)
     scale = trace.squeeze(2)
     return Eigenpairs(found.values * scale, found.vectors, found.residuals * scale)
 
 
 def _pairs(matrices: Tensor, vectors: Tensor) -> Eigenpairs:
-    images = matrices @ vectors
+    images = torch.bmm(matrices, vectors)
     values = (vectors * images).sum(1)
     rest = torch.addcmul(images, vectors, values.unsqueeze(1), value=-1)
     return Eigenpairs(values, vectors, torch.linalg.vector_norm(rest, dim=1))
@@ -289,13 +289,13 @@ def _pairs(matrices: Tensor, vectors: Tensor) -> Eigenpairs:
 def orthonormal(vectors: Tensor) -> Tensor:
     """Gram-Schmidt on the columns of `vectors` `[count, n, num]`, in their order."""
     found = torch.empty_like(vectors)
-    for k in range(vectors.shape[2]):
-        v = vectors[:, :, k : k + 1]
+    parts = zip(*(m.tensor_split(m.shape[2], 2) for m in (vectors, found)), strict=True)
+    for k, (v, out) in enumerate(parts):
         if k:
-            before = found[:, :, :k]
-            v = torch.baddbmm(v, before, before.mT @ v, alpha=-1)
+            before = found.narrow(2, 0, k)
+            v = torch.baddbmm(v, before, torch.bmm(before.mT, v), alpha=-1)
         length = torch.linalg.vector_norm(v, dim=1, keepdim=True)
-        torch.div(v, length + 1e-18, out=found[:, :, k : k + 1])
+        torch.div(v, length.add_(1e-18), out=out)
     return found
 
 
@@ -305,7 +305,7 @@ def orthogonal_to(found: Tensor, v: Tensor) -> Tensor:
     These are orthonormal, or zero. Done twice, for the rounding.
     """
     for _ in range(2):
-        v = torch.baddbmm(v, found, found.mT @ v, alpha=-1)
+        v = torch.baddbmm(v, found, torch.bmm(found.mT, v), alpha=-1)
     return v
 
 
@@ -318,7 +318,7 @@ def dominant_direction(matrices: Tensor, *, iterations: int) -> Tensor:
     units = matrices / size.clamp(min=1e-37)
     v = units.sum(2, keepdim=True)
     for _ in range(iterations):
-        v = units @ (units.mT @ v)
+        v = torch.bmm(units, torch.bmm(units.mT, v))
     length: Tensor = torch.linalg.vector_norm(v, dim=1, keepdim=True)
     directions: Tensor = v / length.clamp(min=1e-37)
     return directions

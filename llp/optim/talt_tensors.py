@@ -78,6 +78,7 @@ class _Shape:
         self._stack: Tensor | None = None  # the gradients and their projection, within a step
         self._reduced: Tensor | None = None
         self._gradients: list[Tensor | None] = []
+        self._views: list[Tensor | None] = []  # of the gradients, as matrices
 
     def take(self, sketch: Tensor) -> list[bool]:
         """Reads the gradients, writes their projection into `sketch`; which of them are there.
@@ -91,9 +92,10 @@ class _Shape:
         if not any(present):
             own.zero_()
             return present
+        self._views = [None if g is None else as_matrix(g) for g in self._gradients]
         matrices = [
-            torch.zeros(self.rows, self.columns, device=own.device) if g is None else as_matrix(g)
-            for g in self._gradients
+            torch.zeros(self.rows, self.columns, device=own.device) if view is None else view
+            for view in self._views
         ]
         self._stack = torch.stack(matrices).float()
         self._reduced = self.down.rows(self._stack)
@@ -109,17 +111,24 @@ class _Shape:
         if self.down.exact:
             changed = torch.baddbmm(stack, own, reduced)
         else:
-            changed = self.down.add_back(stack, own @ reduced)
+            changed = self.down.add_back(stack, torch.bmm(own, reduced))
         gradients, values = [], []
-        for gradient, value in zip(self._gradients, changed.unbind(0), strict=True):
-            if gradient is not None:
+        parts = zip(self._gradients, self._views, changed.unbind(0), strict=True)
+        for gradient, view, value in parts:
+            if gradient is None or view is None:
+                continue
+            if view.data_ptr() == gradient.data_ptr():
+                gradients.append(view)
+                values.append(value)
+            else:  # the matrix was a copy
                 gradients.append(gradient)
                 values.append(like_matrix(value, gradient))
         torch._foreach_copy_(gradients, values)
 
     def forget(self) -> None:
         """Lets go of the gradients."""
-        self._stack, self._reduced, self._gradients = None, None, []
+        self._stack, self._reduced = None, None
+        self._gradients, self._views = [], []
 
 
 class TensorStatistics:
@@ -196,7 +205,7 @@ class TensorStatistics:
         seen = self._update() if update else None
         if self.num_updates:
             lifted = self.basis / self._root  # P^T of it is orthonormal
-            transform = (lifted * self.extra.unsqueeze(1)) @ lifted.mT
+            transform = torch.bmm(lifted * self.extra.unsqueeze(1), lifted.mT)
             for shape in self.shapes:
                 shape.change(transform)
         for shape in self.shapes:

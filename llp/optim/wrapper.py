@@ -167,12 +167,13 @@ def as_matrix(tensor: Tensor) -> Tensor:
     >>> as_matrix(torch.zeros(4, 3, 2, 2)).shape, as_matrix(torch.zeros(5)).shape
     (torch.Size([4, 12]), torch.Size([5, 1]))
     """
-    shape = tensor.shape
+    shape, strides = tensor.shape, tensor.stride()
     if len(shape) < 2 or shape[0] == 1:
         return tensor.reshape(-1, 1)
-    if tensor.is_contiguous():
-        return tensor.view(shape[0], -1)
-    return tensor.permute(_by_memory(tensor.stride())).reshape(shape[0], -1)
+    columns = _dense_columns(shape, strides)
+    if columns:  # one call in place of two or three
+        return tensor.as_strided((shape[0], columns), (columns, 1))
+    return tensor.permute(_by_memory(strides)).reshape(shape[0], -1)
 
 
 def like_matrix(matrix: Tensor, tensor: Tensor) -> Tensor:
@@ -182,6 +183,17 @@ def like_matrix(matrix: Tensor, tensor: Tensor) -> Tensor:
         return matrix.reshape(shape)
     order = _by_memory(tensor.stride())
     return matrix.reshape([shape[k] for k in order]).permute(_inverse(order))
+
+
+@functools.cache
+def _dense_columns(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """Columns of the matrix that the memory of a tensor is, row by row; 0 if it is none."""
+    expected = 1
+    for k in reversed(_by_memory(strides)):
+        if shape[k] > 1 and strides[k] != expected:
+            return 0
+        expected *= shape[k]
+    return expected // shape[0]
 
 
 @functools.cache
