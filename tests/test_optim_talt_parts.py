@@ -14,6 +14,7 @@ from llp.optim.talt_parts import (
     Oscillation,
     Persistence,
     SparseProjection,
+    StackedProjection,
     dominant_direction,
     noise_edge,
     orthogonal_to,
@@ -40,7 +41,7 @@ def test_the_projection_keeps_squared_lengths_on_average(size: int) -> None:
         x = torch.randn(size, generator=seeded(seed + 1))
         if seed == 2:
             x = torch.ones(size)  # as coherent as can be
-        squares = torch.stack([one.rows(x.view(1, size, 1)).square().sum() for one in maps])
+        squares = torch.stack([one.columns(x.view(1, size)).square().sum() for one in maps])
         spread = float(squares.std()) / math.sqrt(len(maps))
         assert abs(float(squares.mean() - x.square().sum())) < 4 * spread + 1e-3
 
@@ -54,20 +55,30 @@ def test_the_projection_is_its_matrix_and_sparse() -> None:
         assert torch.equal(matrix.abs().sum(0), torch.ones(size))  # one +-1 in each column
         assert torch.equal(matrix @ matrix.T, torch.diag(one.bucket_sizes))
         x = torch.randn(3, size, 4, generator=seeded(1))
-        assert torch.allclose(one.rows(x), matrix @ x, atol=1e-5)
-        out = torch.full((3, 6, kept), 7.0)
-        one.columns(x.mT.repeat(1, 2, 1)[:, :6], out)
-        assert torch.allclose(out, x.mT.repeat(1, 2, 1)[:, :6] @ matrix.T, atol=1e-5)
+        assert torch.allclose(one.columns(x[0].mT), x[0].mT @ matrix.T, atol=1e-5)
         z = torch.randn(3, kept, 4, generator=seeded(2))
-        assert torch.allclose(one.add_back(x, z), x + matrix.T @ z, atol=1e-5)
+        assert torch.allclose(one.lift(z), matrix.T @ z, atol=1e-5)
+        assert torch.allclose(StackedProjection([one] * 3, kept)(x.flatten(0, 1)), matrix @ x)
 
 
 def test_what_fits_is_kept_exactly() -> None:
     one = SparseProjection(6, 32, generator=seeded())
     x = torch.randn(2, 6, 3)
     assert one.exact
-    assert torch.equal(one.rows(x), x)
+    assert torch.equal(one.lift(x), x)
+    assert torch.equal(one.columns(x[:, :, 0]), x[:, :, 0])
+    assert torch.equal(StackedProjection([one, one], 6)(x.flatten(0, 1)), x)
     assert torch.equal(one.matrix(), torch.eye(6))
+
+
+def test_maps_of_many_sizes_are_applied_at_once() -> None:
+    maps = [SparseProjection(size, 8, generator=seeded(size)) for size in (13, 3, 8, 1, 64)]
+    matrices = [torch.randn(one.size, 5, generator=seeded(one.size)) for one in maps]
+    found = StackedProjection(maps, 9)(torch.cat(matrices))
+    assert found.shape == (5, 9, 5)
+    for own, one, matrix in zip(found, maps, matrices, strict=True):
+        assert torch.allclose(own[: one.dimension], one.matrix() @ matrix, atol=1e-5)
+        assert not own[one.dimension :].any()
 
 
 def test_projections_follow_their_generator_and_not_the_global_one() -> None:

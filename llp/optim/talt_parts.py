@@ -66,35 +66,20 @@ class SparseProjection:
         """Whether nothing is mixed: as many numbers come out as go in."""
         return self.dimension == self.size
 
-    def rows(self, matrices: Tensor) -> Tensor:
-        """`P G` for `matrices` `[count, size, n]`: `[count, dimension, n]`."""
+    def columns(self, rows: Tensor) -> Tensor:
+        """`G P^T` for the rows of matrices, `[n, size]`: `[n, dimension]`."""
         if self.exact:
-            return matrices
+            return rows
         if self._missing:
-            matrices = functional.pad(matrices, (0, 0, 0, self._missing))
-        signed = matrices * self.signs.unsqueeze(1)
-        return signed.view(len(matrices), self.rounds, self.dimension, -1).sum(1)
+            rows = functional.pad(rows, (0, self._missing))
+        return (rows * self.signs).view(len(rows), self.rounds, self.dimension).sum(1)
 
-    def columns(self, matrices: Tensor, out: Tensor) -> None:
-        """Writes `G P^T` for `matrices` `[count, n, size]` to `out` `[count, n, dimension]`."""
+    def lift(self, vectors: Tensor) -> Tensor:
+        """`P^T V` for `vectors` `[count, dimension, n]`: `[count, size, n]`."""
         if self.exact:
-            out.copy_(matrices)
-            return
-        if self._missing:
-            matrices = functional.pad(matrices, (0, self._missing))
-        signed = (matrices * self.signs).view(*matrices.shape[:2], self.rounds, self.dimension)
-        torch.sum(signed, 2, out=out)
-
-    def add_back(self, matrices: Tensor, projected: Tensor) -> Tensor:
-        """`G + P^T Z` for `matrices` `[count, size, n]` and `projected` `[count, dimension, n]`."""
-        if self.exact:
-            return matrices + projected
-        count, _, n = matrices.shape
-        if self._missing:
-            matrices = functional.pad(matrices, (0, 0, 0, self._missing))
-        blocks = matrices.view(count, self.rounds, self.dimension, n)
+            return vectors
         signs = self.signs.view(self.rounds, self.dimension, 1)
-        return torch.addcmul(blocks, projected.unsqueeze(1), signs).flatten(1, 2)[:, : self.size]
+        return (vectors.unsqueeze(1) * signs).flatten(1, 2)[:, : self.size]
 
     def matrix(self) -> Tensor:
         """P as a dense matrix `[dimension, size]`; for looking at it."""
@@ -102,6 +87,52 @@ class SparseProjection:
             return torch.eye(self.size, device=self.signs.device)
         blocks = torch.diag_embed(self.signs.view(self.rounds, self.dimension))
         return blocks.permute(1, 0, 2).flatten(1)[:, : self.size]
+
+
+class StackedProjection:
+    """`P_i G_i` for many maps and matrices of as many sizes, in one launch on a GPU.
+
+    Costs eight bytes per row of the matrices, and four per row of the result.
+
+    Args:
+        maps: The map of each matrix.
+        rows: Of each result, at least the largest `dimension`; the rows past a map's are zero.
+        device: Where the matrices are.
+    """
+
+    def __init__(
+        self, maps: Sequence[SparseProjection], rows: int, device: torch.device | str = "cpu"
+    ) -> None:
+        self.rows = rows
+        members, signs, sizes, first = [], [], [], 0
+        for own in maps:
+            order = torch.arange(own.rounds * own.dimension).view(own.rounds, -1).mT.flatten()
+            order = order[order < own.size]  # bucket by bucket
+            members.append(order + first)
+            signs.append(torch.ones(own.size) if own.exact else own.signs.cpu()[order])
+            sizes.append(functional.pad(own.bucket_sizes.cpu().long(), (0, rows - own.dimension)))
+            first += own.size
+        self._members = torch.cat(members).int().to(device)
+        self._signs = torch.cat(signs).to(device)
+        ends = torch.cat(sizes).cumsum(0)
+        self._offsets = functional.pad(ends, (1, 0)).int().to(device)
+
+    def __call__(self, matrices: Tensor) -> Tensor:
+        """`[maps, rows, n]` for all matrices, one below the other: `[sum of sizes, n]`."""
+        found = torch.embedding_bag(
+            matrices,
+            self._members,
+            self._offsets,
+            mode=0,  # sum
+            per_sample_weights=self._signs,
+            include_last_offset=True,
+        )[0]
+        return found.view(-1, self.rows, matrices.shape[1])
+
+    @property
+    def bytes(self) -> int:
+        """Memory of all it keeps."""
+        return nbytes(self._members, self._signs, self._offsets)
 
 
 class IncrementalCovariance:

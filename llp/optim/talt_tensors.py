@@ -20,6 +20,7 @@ from llp.optim.talt_parts import (
     Oscillation,
     Persistence,
     SparseProjection,
+    StackedProjection,
     dominant_direction,
     nbytes,
     noise_edge,
@@ -30,7 +31,7 @@ from llp.optim.talt_parts import (
     ridge_for_condition,
     valley,
 )
-from llp.optim.wrapper import as_matrix, like_matrix
+from llp.optim.wrapper import as_matrix, like_matrix, put_back
 
 COLUMNS = 8
 """Columns that a gradient is reduced to (a sparse projection too) before statistics are taken."""
@@ -59,76 +60,107 @@ class Options(NamedTuple):
 
 
 class _Shape:
-    """The tensors of one shape: where they are in the statistics, and their projections."""
+    """The tensors of one shape: where they are in the statistics, and the map of their rows.
+
+    Attributes:
+        numbers: Of the parameters.
+        parameters: The tensors.
+        range: Theirs in the statistics.
+        down: Map of the rows.
+    """
 
     def __init__(
-        self,
-        members: Sequence[tuple[int, Tensor]],
-        first: int,
-        dimension: int,
-        generator: torch.Generator,
+        self, members: Sequence[tuple[int, Tensor]], first: int, down: SparseProjection
     ) -> None:
         self.numbers = [number for number, _ in members]
         self.parameters = [parameter for _, parameter in members]
         self.range = slice(first, first + len(members))
-        device = self.parameters[0].device
-        self.rows, self.columns = as_matrix(self.parameters[0]).shape
-        self.down = SparseProjection(self.rows, dimension, generator=generator, device=device)
-        self.across = SparseProjection(self.columns, COLUMNS, generator=generator, device=device)
-        self._stack: Tensor | None = None  # the gradients and their projection, within a step
-        self._reduced: Tensor | None = None
+        self.down = down
+        self.num_rows = len(members) * down.size
+        self._scaled, self._turned = torch.empty(0), torch.empty(0)
+
+    def direct(self, basis: Tensor, extra: Tensor) -> None:
+        """Sets what `changed` does: `extra` (S - I) along `basis`, as `TensorStatistics` has them.
+
+        Both are lifted to the rows of the tensors once, not at every step.
+        """
+        vectors = self.down.lift(basis[self.range, : self.down.dimension])
+        self._scaled, self._turned = vectors * extra[self.range].unsqueeze(1), vectors.mT
+
+    def changed(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """`G + V (S - I) V^T G` for the gradients in `rows`, all below each other."""
+        stack = rows.view(len(self.numbers), self.down.size, -1)
+        return torch.baddbmm(stack, self._scaled, torch.bmm(self._turned, stack)).unbind(0)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of what stays from step to step."""
+        return nbytes(self.down.signs, self.down.bucket_sizes, self._scaled, self._turned)
+
+
+class _Columns:
+    """The shapes with one number of columns, which go through one map."""
+
+    def __init__(self, shapes: Sequence[_Shape], across: SparseProjection) -> None:
+        self.shapes = shapes
+        self.across = across
+        self._rows: Tensor | None = None  # the gradients, within a step
         self._gradients: list[Tensor | None] = []
         self._views: list[Tensor | None] = []  # of the gradients, as matrices
 
-    def take(self, sketch: Tensor) -> list[bool]:
-        """Reads the gradients, writes their projection into `sketch`; which of them are there.
+    def take(self, num_columns: int) -> tuple[list[bool], Tensor]:
+        """Reads the gradients: which of them are there, and their rows in `num_columns` numbers.
 
         Sparse ones go to the base optimizer as they are.
         """
-        found = [parameter.grad for parameter in self.parameters]
+        parameters = [parameter for shape in self.shapes for parameter in shape.parameters]
+        found = [parameter.grad for parameter in parameters]
         self._gradients = [None if g is None or g.is_sparse else g for g in found]
-        present = [gradient is not None for gradient in self._gradients]
-        own = sketch[self.range, : self.down.dimension, : self.across.dimension]
-        if not any(present):
-            own.zero_()
-            return present
         self._views = [None if g is None else as_matrix(g) for g in self._gradients]
         matrices = [
-            torch.zeros(self.rows, self.columns, device=own.device) if view is None else view
-            for view in self._views
+            torch.zeros(as_matrix(parameter).shape, device=parameter.device)
+            if view is None
+            else view
+            for view, parameter in zip(self._views, parameters, strict=True)
         ]
-        self._stack = torch.stack(matrices).float()
-        self._reduced = self.down.rows(self._stack)
-        self.across.columns(self._reduced, own)
-        return present
+        self._rows = torch.cat(matrices).float()
+        reduced = self.across.columns(self._rows)
+        if self.across.dimension < num_columns:
+            reduced = functional.pad(reduced, (0, num_columns - self.across.dimension))
+        return [gradient is not None for gradient in self._gradients], reduced
 
-    def change(self, transform: Tensor) -> None:
-        """Adds `P^T T P G` to the gradients, with `transform` `[tensors, rows, rows]`."""
-        stack, reduced = self._stack, self._reduced
-        if stack is None or reduced is None:
-            return
-        own = transform[self.range, : self.down.dimension, : self.down.dimension]
-        if self.down.exact:
-            changed = torch.baddbmm(stack, own, reduced)
-        else:
-            changed = self.down.add_back(stack, torch.bmm(own, reduced))
-        gradients, values = [], []
-        parts = zip(self._gradients, self._views, changed.unbind(0), strict=True)
-        for gradient, view, value in parts:
+    def change(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The gradients that are there, and what they are changed to."""
+        rows = self._rows
+        targets: list[Tensor] = []
+        values: list[Tensor] = []
+        if rows is None:
+            return targets, values
+        parts = rows.split([shape.num_rows for shape in self.shapes])
+        changed = [
+            value
+            for shape, part in zip(self.shapes, parts, strict=True)
+            for value in shape.changed(part)
+        ]
+        for gradient, view, value in zip(self._gradients, self._views, changed, strict=True):
             if gradient is None or view is None:
                 continue
             if view.data_ptr() == gradient.data_ptr():
-                gradients.append(view)
+                targets.append(view)
                 values.append(value)
             else:  # the matrix was a copy
-                gradients.append(gradient)
+                targets.append(gradient)
                 values.append(like_matrix(value, gradient))
-        torch._foreach_copy_(gradients, values)
+        return targets, values
 
     def forget(self) -> None:
         """Lets go of the gradients."""
-        self._stack, self._reduced = None, None
-        self._gradients, self._views = [], []
+        self._rows, self._gradients, self._views = None, [], []
+
+    @property
+    def bytes(self) -> int:
+        """Memory of what stays from step to step, that of the shapes left out."""
+        return nbytes(self.across.signs, self.across.bucket_sizes)
 
 
 class TensorStatistics:
@@ -153,33 +185,45 @@ class TensorStatistics:
         generator: torch.Generator,
     ) -> None:
         self.options = options
-        members: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
+        members: dict[int, dict[int, list[tuple[int, Tensor]]]] = {}
         for number, parameter in parameters:
-            size = tuple(as_matrix(parameter).shape)
-            members.setdefault(size, []).append((number, parameter))
-        self.shapes: list[_Shape] = []
-        for group in members.values():
-            first = self.shapes[-1].range.stop if self.shapes else 0
-            self.shapes.append(_Shape(group, first, options.projection_dimension, generator))
+            size, width = as_matrix(parameter).shape
+            members.setdefault(width, {}).setdefault(size, []).append((number, parameter))
+        device, first = parameters[0][1].device, 0
+        self.columns: list[_Columns] = []
+        for width, by_rows in members.items():
+            shapes = []
+            for size, group in by_rows.items():
+                down = SparseProjection(
+                    size, options.projection_dimension, generator=generator, device=device
+                )
+                shapes.append(_Shape(group, first, down))
+                first += len(group)
+            across = SparseProjection(width, COLUMNS, generator=generator, device=device)
+            self.columns.append(_Columns(shapes, across))
+        self.shapes = [shape for group in self.columns for shape in group.shapes]
         self.numbers = [number for shape in self.shapes for number in shape.numbers]
-        count, device = len(self.numbers), parameters[0][1].device
+        count = len(self.numbers)
         rows = max(shape.down.dimension for shape in self.shapes)
-        columns = max(shape.across.dimension for shape in self.shapes)
+        columns = max(group.across.dimension for group in self.columns)
+        maps = [shape.down for shape in self.shapes for _ in shape.numbers]
+        self._down = StackedProjection(maps, rows, device)
         steep = min(options.num_directions, rows - 1)
         self._root = torch.ones(count, rows, 1, device=device)  # of the bucket sizes
         own_rows, own_columns = torch.zeros(count), torch.zeros(count)
-        for shape in self.shapes:
-            own_rows[shape.range] = float(shape.down.dimension)
-            own_columns[shape.range] = float(shape.across.dimension)
-            sizes = shape.down.bucket_sizes.sqrt().unsqueeze(1)
-            self._root[shape.range, : shape.down.dimension] = sizes
+        for group in self.columns:
+            for shape in group.shapes:
+                own_rows[shape.range] = float(shape.down.dimension)
+                own_columns[shape.range] = float(group.across.dimension)
+                sizes = shape.down.bucket_sizes.sqrt().unsqueeze(1)
+                self._root[shape.range, : shape.down.dimension] = sizes
         allowed = torch.arange(steep) < (own_rows - 1).unsqueeze(1)  # one is left for the valley
         inside = torch.arange(rows) < own_rows.unsqueeze(1)
         start = random_start(count, rows, steep + 1, generator) * inside.unsqueeze(2)
         self._allowed = allowed.float().to(device)
         self._others = (own_rows - allowed.sum(1)).to(device)
         self._noise = (noise_edge(own_rows - allowed.sum(1), own_columns) / own_columns).to(device)
-        self._sketch = torch.zeros(count, rows, columns, device=device)
+        self._num_columns = columns
         self.covariance = IncrementalCovariance(
             count, rows, columns, decay=options.decay, device=device
         )
@@ -198,21 +242,24 @@ class TensorStatistics:
         Returns:
             At an update, `[count, 6 + directions]`: what `talt.LOGGED` names, and eigenvalues.
         """
-        present = [here for shape in self.shapes for here in shape.take(self._sketch)]
-        weights = self.covariance.update(self._sketch, None if all(present) else present)
-        self.oscillation.update(self._sketch, weights)
-        self.persistence.update(self.basis[:, :, :-1], self._sketch, weights)
-        seen = self._update() if update else None
+        taken = [group.take(self._num_columns) for group in self.columns]
+        present = [here for found, _ in taken for here in found]
+        sketch = self._down(torch.cat([reduced for _, reduced in taken]))
+        weights = self.covariance.update(sketch, None if all(present) else present)
+        self.oscillation.update(sketch, weights)
+        self.persistence.update(self.basis[:, :, :-1], sketch, weights)
+        seen = self._update(sketch) if update else None
         if self.num_updates:
-            lifted = self.basis / self._root  # P^T of it is orthonormal
-            transform = torch.bmm(lifted * self.extra.unsqueeze(1), lifted.mT)
-            for shape in self.shapes:
-                shape.change(transform)
-        for shape in self.shapes:
-            shape.forget()
+            changes = [group.change() for group in self.columns]
+            put_back(
+                [target for targets, _ in changes for target in targets],
+                [value for _, values in changes for value in values],
+            )
+        for group in self.columns:
+            group.forget()
         return seen
 
-    def _update(self) -> Tensor:
+    def _update(self, sketch: Tensor) -> Tensor:
         """New directions and their S; a row of the log for every tensor."""
         options, steep = self.options, self._allowed.shape[1]
         matrices = self.covariance.covariance()
@@ -238,9 +285,15 @@ class TensorStatistics:
         self.basis = torch.cat([vectors, along], 2)
         self.extra = torch.cat([damped, (options.valley_strength * strength).unsqueeze(1)], 1)
         self.num_updates += 1
+        self._direct()
         persistence = mean_square / (mean_square + variance).clamp(min=1e-37)
-        table = torch.stack([strength, cosine, persistence, *self._effect()], 1)
+        table = torch.stack([strength, cosine, persistence, *self._effect(sketch)], 1)
         return torch.cat([table, functional.pad(values, (0, options.num_directions - steep))], 1)
+
+    def _direct(self) -> None:
+        lifted = self.basis / self._root  # P^T of it is orthonormal
+        for shape in self.shapes:
+            shape.direct(lifted, self.extra)
 
     def _lasting(self, steep: Tensor) -> tuple[Tensor, Tensor]:
         """The direction `[count, rows, 1]` of the mean off the steep ones; the mean's square there.
@@ -257,9 +310,9 @@ class TensorStatistics:
         along = torch.where(real, along / size.clamp(min=0.5), 0.0)
         return along, (along.mT @ mean).square().sum((1, 2))
 
-    def _effect(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Norm of the last gradient, of the changed one, and their cosine, from the projection."""
-        sketch, kept = self._sketch, self._sketch / self._root
+    def _effect(self, sketch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Norm of a gradient, of the changed one, and their cosine, from the projection."""
+        kept = sketch / self._root
         square = sketch.square().sum((1, 2))
         change = self.basis @ (self.extra.unsqueeze(2) * (self.basis.mT @ kept))
         product = square + (kept * change).sum((1, 2))
@@ -270,10 +323,9 @@ class TensorStatistics:
     @property
     def bytes(self) -> int:
         """Memory of everything that stays from step to step."""
-        signs = [s.signs for shape in self.shapes for s in (shape.down, shape.across)]
-        sizes = [s.bucket_sizes for shape in self.shapes for s in (shape.down, shape.across)]
-        fixed = [self._root, self._allowed, self._others, self._noise, self._sketch]
-        return nbytes(self.state(), signs, sizes, fixed)
+        fixed = [self._root, self._allowed, self._others, self._noise]
+        parts = [*self.columns, *self.shapes, self._down]
+        return nbytes(self.state(), fixed) + sum(part.bytes for part in parts)
 
     def state(self) -> dict[str, Any]:
         """All there is but the projections, which the seed gives again."""
@@ -303,3 +355,5 @@ class TensorStatistics:
         self.basis = state["basis"].to(self.extra, copy=True)
         self.extra = state["extra"].to(self.extra, copy=True)
         self.num_updates = state["num_updates"]
+        if self.num_updates:
+            self._direct()
