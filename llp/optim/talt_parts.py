@@ -66,14 +66,6 @@ class SparseProjection:
         """Whether nothing is mixed: as many numbers come out as go in."""
         return self.dimension == self.size
 
-    def columns(self, rows: Tensor) -> Tensor:
-        """`G P^T` for the rows of matrices, `[n, size]`: `[n, dimension]`."""
-        if self.exact:
-            return rows
-        if self._missing:
-            rows = functional.pad(rows, (0, self._missing))
-        return (rows * self.signs).view(len(rows), self.rounds, self.dimension).sum(1)
-
     def lift(self, vectors: Tensor) -> Tensor:
         """`P^T V` for `vectors` `[count, dimension, n]`: `[count, size, n]`."""
         if self.exact:
@@ -295,9 +287,8 @@ def power_iteration(
     """
     trace = matrices.diagonal(dim1=1, dim2=2).sum(1).view(-1, 1, 1).clamp(min=1e-37)
     scaled = matrices / trace
-    shifted = scaled + SHIFT * torch.eye(
-        matrices.shape[1], device=scaled.device, dtype=scaled.dtype
-    )
+    shifted = scaled.clone()
+    shifted.diagonal(dim1=1, dim2=2).add_(SHIFT)
     vectors = start
     for _ in range(max(iterations, 1)):
         vectors = orthonormal(torch.bmm(shifted, vectors))
@@ -318,16 +309,17 @@ def _pairs(matrices: Tensor, vectors: Tensor) -> Eigenpairs:
 
 
 def orthonormal(vectors: Tensor) -> Tensor:
-    """Gram-Schmidt on the columns of `vectors` `[count, n, num]`, in their order."""
-    found = torch.empty_like(vectors)
-    parts = zip(*(m.tensor_split(m.shape[2], 2) for m in (vectors, found)), strict=True)
-    for k, (v, out) in enumerate(parts):
-        if k:
-            before = found.narrow(2, 0, k)
-            v = torch.baddbmm(v, before, torch.bmm(before.mT, v), alpha=-1)
-        length = torch.linalg.vector_norm(v, dim=1, keepdim=True)
-        torch.div(v, length.add_(1e-18), out=out)
-    return found
+    """What Gram-Schmidt makes of the columns of `vectors` `[count, n, num]`, in their order.
+
+    By the Cholesky factor of their products, in float64, where it is as good up to a condition of
+    some 1e7: a few launches on a GPU, and not five for every column. A column of zeros stays one.
+    """
+    exact = vectors.double()
+    products = torch.bmm(exact.mT, exact)
+    products.diagonal(dim1=1, dim2=2).add_(1e-36)
+    factor, _ = torch.linalg.cholesky_ex(products)
+    found = torch.linalg.solve_triangular(factor.mT, exact, upper=True, left=False)
+    return found.to(vectors.dtype)
 
 
 def orthogonal_to(found: Tensor, v: Tensor) -> Tensor:
@@ -335,9 +327,8 @@ def orthogonal_to(found: Tensor, v: Tensor) -> Tensor:
 
     These are orthonormal, or zero. Done twice, for the rounding.
     """
-    for _ in range(2):
-        v = torch.baddbmm(v, found, torch.bmm(found.mT, v), alpha=-1)
-    return v
+    v = torch.baddbmm(v, found, torch.bmm(found.mT, v), alpha=-1)
+    return v.baddbmm_(found, torch.bmm(found.mT, v), alpha=-1)
 
 
 def dominant_direction(matrices: Tensor, *, iterations: int) -> Tensor:
@@ -395,18 +386,22 @@ class Persistence:
     that fades), 0 for noise, -1 for a swing to and fro.
 
     Attributes:
-        pair: `[2, count, directions, columns]`, coefficients before the last step and at it.
-        moments: `[3, count, directions]`, means of before * now, of now^2 and of before^2.
+        pair: `[count, directions, 2, columns]`, coefficients before the last step and at it.
+        moments: `[count, directions, 3]`, means of before * now, of now^2 and of before^2.
         seen: Which series have had a step.
     """
 
     def __init__(
         self, count: int, directions: int, columns: int, device: torch.device | str
     ) -> None:
-        self.pair = torch.zeros(2, count, directions, columns, device=device)
-        self._products = torch.zeros(3, count, directions, device=device)
-        self.moments = torch.zeros_like(self._products)
+        self.pair = torch.zeros(count, directions, 2, columns, device=device)
+        self._record = torch.zeros(count, directions, 6, device=device)
         self.seen = [False] * count
+
+    @property
+    def moments(self) -> Tensor:
+        """See the class."""
+        return self._record[:, :, :3]
 
     def update(self, basis: Tensor, matrices: Tensor, weights: Sequence[float]) -> None:
         """Takes in the coefficients of `matrices` along `basis`.
@@ -416,22 +411,22 @@ class Persistence:
             matrices: `[count, rows, columns]`.
             weights: See `IncrementalCovariance.update`; 0 leaves a series as it was.
         """
+        before, now = self.pair.unbind(2)
         if min(weights) > 0:
-            self.pair[0].copy_(self.pair[1])
-            torch.bmm(basis.mT, matrices, out=self.pair[1])
+            before.copy_(now)
+            torch.bmm(basis.mT, matrices, out=now)
         else:
             present = on_device([float(w > 0) for w in weights], matrices).view(-1, 1, 1)
-            self.pair[0].lerp_(self.pair[1], present)
-            self.pair[1].lerp_(basis.mT @ matrices, present)
-        self._products[2].copy_(self._products[1])
-        torch.sum(self.pair * self.pair[1], 3, out=self._products[:2])
+            before.lerp_(now, present)
+            now.lerp_(basis.mT @ matrices, present)
+        products = self._record[:, :, 3:]  # at this step, of what `moments` are means of
+        products[:, :, 2].copy_(products[:, :, 1])
+        torch.sum(self.pair * now.unsqueeze(2), 3, out=products[:, :, :2])
         # The first step has none before it; counted, it would pull the correlation down.
         weight = spread(
             [w if seen else 0.0 for w, seen in zip(weights, self.seen, strict=True)], matrices
         )
-        self.moments.lerp_(
-            self._products, weight if isinstance(weight, float) else weight.view(1, -1, 1)
-        )
+        self.moments.lerp_(products, weight if isinstance(weight, float) else weight.view(-1, 1, 1))
         self.seen = [seen or w > 0 for w, seen in zip(weights, self.seen, strict=True)]
 
     def turn(self, rotation: Tensor) -> None:
@@ -439,31 +434,23 @@ class Persistence:
 
         What was known along an old direction is handed on in proportion to the squared cosine.
         """
-        self.pair = rotation @ self.pair
-        squares = rotation.square()
-        self.moments = (squares @ self.moments.unsqueeze(3)).squeeze(3)
-        self._products = (squares @ self._products.unsqueeze(3)).squeeze(3)
+        self.pair = torch.bmm(rotation, self.pair.flatten(2)).view_as(self.pair)
+        self._record = torch.bmm(rotation.square(), self._record)
 
     def correlation(self) -> Tensor:
         """`[count, directions]` in [-1, 1]; 0 where nothing is known."""
-        product, now, before = self.moments.unbind(0)
+        product, now, before = self.moments.unbind(2)
         scale = (now * before).clamp(min=0).sqrt()
         return (product / scale.clamp(min=1e-37)).clamp(-1, 1)
 
     def state(self) -> dict[str, Any]:
         """All there is, for `load`."""
-        return {
-            "pair": self.pair,
-            "products": self._products,
-            "moments": self.moments,
-            "seen": list(self.seen),
-        }
+        return {"pair": self.pair, "record": self._record, "seen": list(self.seen)}
 
     def load(self, state: dict[str, Any]) -> None:
         """Puts back what `state` returned."""
         self.pair = state["pair"].to(self.pair, copy=True)
-        self._products = state["products"].to(self.pair, copy=True)
-        self.moments = state["moments"].to(self.pair, copy=True)
+        self._record = state["record"].to(self.pair, copy=True)
         self.seen = list(state["seen"])
 
 
@@ -509,9 +496,8 @@ def valley(
             chosen, by its columns.
     """
     signal = (mean_square - concentration * noise * variance).clamp(min=0)
-    share = torch.where(signal > 0, signal / (signal + variance).clamp(min=1e-38), 0.0)
-    strength = share * (1 - cosine.clamp(min=0))
-    return torch.where(cosine < MEAN_ENERGY, strength, torch.zeros_like(strength))
+    share = signal / (signal + variance).clamp(min=1e-37)
+    return share * (1 - cosine.clamp(min=0)) * (cosine < MEAN_ENERGY)
 
 
 def nbytes(*values: Any) -> int:

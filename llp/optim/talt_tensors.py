@@ -1,9 +1,10 @@
 """The statistics behind TALT, of all tensors of a device at once.
 
-Tensors of one shape are stacked when their gradients are read and changed (`_Shape`); what is kept
-of them has the same small size whatever their shape and is stacked over all of them
-(`TensorStatistics`). A step of ResNet-20 is some 60 launches on a GPU instead of thousands, and
-waits for none of them.
+Gradients are read and reduced together where they have as many columns (`_Columns`), and changed
+together where they have the same shape (`_Shape`); what is kept of them has the same small size
+whatever their shape and is stacked over all of them (`TensorStatistics`). On a GPU a launch costs
+the host more than these little tensors cost the device, so what counts is how few there are: with
+ResNet-20 some 30 a step, and 170 more where the directions are found anew. The host waits for none.
 """
 
 from __future__ import annotations
@@ -79,18 +80,18 @@ class _Shape:
         self.num_rows = len(members) * down.size
         self._scaled, self._turned = torch.empty(0), torch.empty(0)
 
-    def direct(self, basis: Tensor, extra: Tensor) -> None:
-        """Sets what `changed` does: `extra` (S - I) along `basis`, as `TensorStatistics` has them.
+    def direct(self, basis: Tensor, scaled: Tensor) -> None:
+        """Sets V and V (S - I) of `change`, from `D^(-1/2) W` and the same times S - I.
 
-        Both are lifted to the rows of the tensors once, not at every step.
+        They are lifted to the rows of the tensors once, not at every step.
         """
-        vectors = self.down.lift(basis[self.range, : self.down.dimension])
-        self._scaled, self._turned = vectors * extra[self.range].unsqueeze(1), vectors.mT
+        own = self.range, slice(self.down.dimension)
+        self._turned, self._scaled = self.down.lift(basis[own]).mT, self.down.lift(scaled[own])
 
-    def changed(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """`G + V (S - I) V^T G` for the gradients in `rows`, all below each other."""
+    def change(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Changes the gradients in `rows`, all below each other, to `G + V (S - I) V^T G`."""
         stack = rows.view(len(self.numbers), self.down.size, -1)
-        return torch.baddbmm(stack, self._scaled, torch.bmm(self._turned, stack)).unbind(0)
+        return stack.baddbmm_(self._scaled, torch.bmm(self._turned, stack)).unbind(0)
 
     @property
     def bytes(self) -> int:
@@ -103,13 +104,15 @@ class _Columns:
 
     def __init__(self, shapes: Sequence[_Shape], across: SparseProjection) -> None:
         self.shapes = shapes
-        self.across = across
+        self.num_rows = sum(shape.num_rows for shape in shapes)
+        self.num_reduced = across.dimension
+        self._across = None if across.exact else across.matrix().mT.contiguous()
         self._rows: Tensor | None = None  # the gradients, within a step
         self._gradients: list[Tensor | None] = []
         self._views: list[Tensor | None] = []  # of the gradients, as matrices
 
-    def take(self, num_columns: int) -> tuple[list[bool], Tensor]:
-        """Reads the gradients: which of them are there, and their rows in `num_columns` numbers.
+    def take(self, reduced: Tensor) -> list[bool]:
+        """Reads the gradients, writes their rows, reduced, into `reduced`; which of them are there.
 
         Sparse ones go to the base optimizer as they are.
         """
@@ -124,10 +127,11 @@ class _Columns:
             for view, parameter in zip(self._views, parameters, strict=True)
         ]
         self._rows = torch.cat(matrices).float()
-        reduced = self.across.columns(self._rows)
-        if self.across.dimension < num_columns:
-            reduced = functional.pad(reduced, (0, num_columns - self.across.dimension))
-        return [gradient is not None for gradient in self._gradients], reduced
+        if self._across is None:
+            reduced.zero_()[:, : self.num_reduced] = self._rows
+        else:
+            torch.mm(self._rows, self._across, out=reduced)
+        return [gradient is not None for gradient in self._gradients]
 
     def change(self) -> tuple[list[Tensor], list[Tensor]]:
         """The gradients that are there, and what they are changed to."""
@@ -140,7 +144,7 @@ class _Columns:
         changed = [
             value
             for shape, part in zip(self.shapes, parts, strict=True)
-            for value in shape.changed(part)
+            for value in shape.change(part)
         ]
         for gradient, view, value in zip(self._gradients, self._views, changed, strict=True):
             if gradient is None or view is None:
@@ -160,7 +164,7 @@ class _Columns:
     @property
     def bytes(self) -> int:
         """Memory of what stays from step to step, that of the shapes left out."""
-        return nbytes(self.across.signs, self.across.bucket_sizes)
+        return nbytes(self._across)
 
 
 class TensorStatistics:
@@ -205,7 +209,7 @@ class TensorStatistics:
         self.numbers = [number for shape in self.shapes for number in shape.numbers]
         count = len(self.numbers)
         rows = max(shape.down.dimension for shape in self.shapes)
-        columns = max(group.across.dimension for group in self.columns)
+        columns = max(group.num_reduced for group in self.columns)
         maps = [shape.down for shape in self.shapes for _ in shape.numbers]
         self._down = StackedProjection(maps, rows, device)
         steep = min(options.num_directions, rows - 1)
@@ -214,7 +218,7 @@ class TensorStatistics:
         for group in self.columns:
             for shape in group.shapes:
                 own_rows[shape.range] = float(shape.down.dimension)
-                own_columns[shape.range] = float(group.across.dimension)
+                own_columns[shape.range] = float(group.num_reduced)
                 sizes = shape.down.bucket_sizes.sqrt().unsqueeze(1)
                 self._root[shape.range, : shape.down.dimension] = sizes
         allowed = torch.arange(steep) < (own_rows - 1).unsqueeze(1)  # one is left for the valley
@@ -223,7 +227,7 @@ class TensorStatistics:
         self._allowed = allowed.float().to(device)
         self._others = (own_rows - allowed.sum(1)).to(device)
         self._noise = (noise_edge(own_rows - allowed.sum(1), own_columns) / own_columns).to(device)
-        self._num_columns = columns
+        self._num_rows, self._num_columns = [group.num_rows for group in self.columns], columns
         self.covariance = IncrementalCovariance(
             count, rows, columns, decay=options.decay, device=device
         )
@@ -242,9 +246,10 @@ class TensorStatistics:
         Returns:
             At an update, `[count, 6 + directions]`: what `talt.LOGGED` names, and eigenvalues.
         """
-        taken = [group.take(self._num_columns) for group in self.columns]
-        present = [here for found, _ in taken for here in found]
-        sketch = self._down(torch.cat([reduced for _, reduced in taken]))
+        reduced = torch.empty(sum(self._num_rows), self._num_columns, device=self.extra.device)
+        parts = zip(self.columns, reduced.split(self._num_rows), strict=True)
+        present = [here for group, part in parts for here in group.take(part)]
+        sketch = self._down(reduced)
         weights = self.covariance.update(sketch, None if all(present) else present)
         self.oscillation.update(sketch, weights)
         self.persistence.update(self.basis[:, :, :-1], sketch, weights)
@@ -273,7 +278,8 @@ class TensorStatistics:
         self.persistence.turn(vectors.mT @ self.basis[:, :, :steep])
         correlation = self.persistence.correlation()
         ridge = ridge_for_condition(values.amax(1, keepdim=True), rest, MAX_CONDITION)
-        ratio = torch.where(values > rest, (rest + ridge) / (values + ridge), 1.0)
+        ridge.clamp_(min=1e-37)  # a ratio of 1 where there is nothing
+        ratio = ((rest + ridge) / (values + ridge)).clamp(max=1)
         shrink = ratio ** (options.smoothing_factor / 2) - 1
         usable = pairs.converged(TOLERANCE) & (self._allowed > 0)
         damped = torch.where(usable, (1 - correlation.clamp(min=0)) * shrink, 0.0)
@@ -292,8 +298,9 @@ class TensorStatistics:
 
     def _direct(self) -> None:
         lifted = self.basis / self._root  # P^T of it is orthonormal
+        scaled = lifted * self.extra.unsqueeze(1)
         for shape in self.shapes:
-            shape.direct(lifted, self.extra)
+            shape.direct(lifted, scaled)
 
     def _lasting(self, steep: Tensor) -> tuple[Tensor, Tensor]:
         """The direction `[count, rows, 1]` of the mean off the steep ones; the mean's square there.
@@ -313,12 +320,14 @@ class TensorStatistics:
     def _effect(self, sketch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Norm of a gradient, of the changed one, and their cosine, from the projection."""
         kept = sketch / self._root
-        square = sketch.square().sum((1, 2))
+        norm = torch.linalg.vector_norm(sketch, dim=(1, 2))
         change = self.basis @ (self.extra.unsqueeze(2) * (self.basis.mT @ kept))
-        product = square + (kept * change).sum((1, 2))
-        changed = (2 * product - square + change.square().sum((1, 2))).clamp(min=0)
-        cosine = product / (square * changed).sqrt().clamp(min=1e-37)
-        return square.sqrt(), changed.sqrt(), cosine
+        size = torch.linalg.vector_norm(change, dim=(1, 2))
+        square, inner = norm.square(), (kept * change).sum((1, 2))
+        product = square + inner
+        changed = (product + inner).addcmul_(size, size).clamp_(min=0).sqrt_()
+        cosine = product / (norm * changed).clamp_(min=1e-37)
+        return norm, changed, cosine
 
     @property
     def bytes(self) -> int:

@@ -341,7 +341,9 @@ class Contender:
         import torch
 
         chain = getattr(self.optimizer, "num_gradients", 1)
-        count = 3 * (chain if not getattr(self.optimizer, "same_batch", True) else 1)
+        # As many steps as TALT has from one update of its directions to the next.
+        count = getattr(self.optimizer, "update_interval", 3)
+        count *= chain if not getattr(self.optimizer, "same_batch", True) else 1
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         self.run(count)
