@@ -318,7 +318,7 @@ def orthonormal(vectors: Tensor) -> Tensor:
     products = torch.bmm(exact.mT, exact)
     products.diagonal(dim1=1, dim2=2).add_(1e-36)
     factor, _ = torch.linalg.cholesky_ex(products)
-    found = torch.linalg.solve_triangular(factor.mT, exact, upper=True, left=False)
+    found: Tensor = torch.linalg.solve_triangular(factor.mT, exact, upper=True, left=False)
     return found.to(vectors.dtype)
 
 

@@ -140,7 +140,7 @@ class _Columns:
         values: list[Tensor] = []
         if rows is None:
             return targets, values
-        parts = rows.split([shape.num_rows for shape in self.shapes])
+        parts = torch.split(rows, [shape.num_rows for shape in self.shapes])
         changed = [
             value
             for shape, part in zip(self.shapes, parts, strict=True)
@@ -197,12 +197,12 @@ class TensorStatistics:
         self.columns: list[_Columns] = []
         for width, by_rows in members.items():
             shapes = []
-            for size, group in by_rows.items():
+            for size, alike in by_rows.items():
                 down = SparseProjection(
                     size, options.projection_dimension, generator=generator, device=device
                 )
-                shapes.append(_Shape(group, first, down))
-                first += len(group)
+                shapes.append(_Shape(alike, first, down))
+                first += len(alike)
             across = SparseProjection(width, COLUMNS, generator=generator, device=device)
             self.columns.append(_Columns(shapes, across))
         self.shapes = [shape for group in self.columns for shape in group.shapes]
@@ -247,7 +247,7 @@ class TensorStatistics:
             At an update, `[count, 6 + directions]`: what `talt.LOGGED` names, and eigenvalues.
         """
         reduced = torch.empty(sum(self._num_rows), self._num_columns, device=self.extra.device)
-        parts = zip(self.columns, reduced.split(self._num_rows), strict=True)
+        parts = zip(self.columns, torch.split(reduced, self._num_rows), strict=True)
         present = [here for group, part in parts for here in group.take(part)]
         sketch = self._down(reduced)
         weights = self.covariance.update(sketch, None if all(present) else present)
@@ -333,8 +333,8 @@ class TensorStatistics:
     def bytes(self) -> int:
         """Memory of everything that stays from step to step."""
         fixed = [self._root, self._allowed, self._others, self._noise]
-        parts = [*self.columns, *self.shapes, self._down]
-        return nbytes(self.state(), fixed) + sum(part.bytes for part in parts)
+        parts = sum(group.bytes for group in self.columns) + sum(s.bytes for s in self.shapes)
+        return nbytes(self.state(), fixed) + parts + self._down.bytes
 
     def state(self) -> dict[str, Any]:
         """All there is but the projections, which the seed gives again."""
