@@ -233,6 +233,25 @@ def test_gram_schmidt_spans_what_it_was_given() -> None:
     assert torch.equal(orthonormal(given)[:, :, 2], torch.zeros(2, 7))
 
 
+@pytest.mark.parametrize("scale", [1e-15, 1.0, 1e15])
+def test_columns_that_depend_on_others_become_zero_and_harm_none(scale: float) -> None:
+    given = scale * torch.randn(2, 3, 5, generator=seeded())
+    given[:, :, 1] = -2 * given[:, :, 0]
+    found = orthonormal(given)
+    kept = found[:, :, [0, 2, 3]]
+    assert torch.allclose(kept.mT @ kept, torch.eye(3).expand(2, 3, 3), atol=1e-5)
+    assert float(found[:, :, [1, 4]].abs().max()) < 1e-3
+
+
+def test_nearly_parallel_columns_are_parted_as_well_as_float32_can() -> None:
+    given = torch.randn(3, 8, 3, generator=seeded())
+    given[:, :, 1] = given[:, :, 0] + 2e-3 * given[:, :, 1]
+    found = orthonormal(given)
+    assert torch.allclose(found.mT @ found, torch.eye(3).expand(3, 3, 3), atol=1e-5)
+    exact = torch.linalg.qr(given.double()).Q.float()
+    assert torch.allclose((found * exact).sum(1).abs(), torch.ones(3, 3), atol=1e-5)
+
+
 def test_the_dominant_direction_is_the_first_left_singular_vector() -> None:
     for scale in (1e-12, 1.0, 1e12):
         given = scale * torch.randn(3, 6, 4, generator=seeded())

@@ -224,6 +224,7 @@ class TensorStatistics:
         allowed = torch.arange(steep) < (own_rows - 1).unsqueeze(1)  # one is left for the valley
         inside = torch.arange(rows) < own_rows.unsqueeze(1)
         start = random_start(count, rows, steep + 1, generator) * inside.unsqueeze(2)
+        start[:, :, :steep] *= allowed.unsqueeze(1)
         self._allowed = allowed.float().to(device)
         self._others = (own_rows - allowed.sum(1)).to(device)
         self._noise = (noise_edge(own_rows - allowed.sum(1), own_columns) / own_columns).to(device)
