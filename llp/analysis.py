@@ -12,14 +12,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
-import platform
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +29,7 @@ from llp.landscape import evaluation_state
 from llp.records import to_plain
 from llp.reporting.landscape_page import write_landscape
 from llp.spec.landscape import LandscapeSpec
+from llp.surroundings import describe_environment
 from llp.tracking.lock import FileLock
 from llp.training.checkpoint import write_durably
 from llp.training.jobs import is_out_of_memory
@@ -303,14 +301,9 @@ def _write(spec: LandscapeSpec, subject: Subject, run: _Run, folder: Path, comma
 
 
 def _environment(command: str) -> dict[str, Any]:
-    names = ("llp", "torch", "numpy")
-    return {
-        **{name: version(name) for name in names},
-        "python": platform.python_version(),
-        "host": platform.node(),
-        "cpus": os.cpu_count(),
-        "command": command,
-    }
+    found = describe_environment(command)
+    names = ("llp", "torch", "numpy", "python", "host", "cpus", "command")
+    return {name: found[name] for name in names}
 
 
 __all__ = ["Outcome", "analyse"]

@@ -12,13 +12,13 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from llp import (
+    __version__,
     batch_command,
     cluster_commands,
     curve_commands,
@@ -58,7 +58,7 @@ app = typer.Typer(
 
 def _version(value: bool) -> None:
     if value:
-        typer.echo(f"llp {installed_version('llp')}")
+        typer.echo(f"llp {__version__}")
         raise typer.Exit()
 
 

@@ -13,6 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from llp import __version__
+
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
@@ -33,8 +35,8 @@ def interruptible() -> Iterator[None]:
 
 def describe_environment(command: str = "") -> dict[str, Any]:
     """Versions, hardware, command and commit, for the ledger."""
-    names = ("llp", "torch", "torchvision", "ray", "optuna", "mlflow", "numpy")
-    found: dict[str, Any] = {}
+    names = ("torch", "torchvision", "ray", "optuna", "mlflow", "numpy")
+    found: dict[str, Any] = {"llp": __version__}
     for name in names:
         try:
             found[name] = version(name)

@@ -89,7 +89,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cluster_commands": BASE | {"spec", "cluster", "shell"},
     "analyses": BASE | {"spec", "landscape", "workloads", "training", "tracking"},
     "analysis": BASE
-    | {"analyses", "spec", "landscape", "training", "cluster", "tracking", "reporting"},
+    | {
+        "analyses",
+        "spec",
+        "landscape",
+        "training",
+        "cluster",
+        "tracking",
+        "reporting",
+        "surroundings",
+    },
     "landscape_commands": BASE | {"analysis", "landscape_progress", "spec", "shell", "reporting"},
     "landscape_progress": BASE | {"shell", "display", "reporting"},
     "train_commands": BASE | {"full_training", "reporting", "shell", "spec", "tracking"},
@@ -185,7 +194,8 @@ def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             if node.module == "llp":
-                found |= {f"llp.{alias.name}" for alias in node.names}
+                names = {alias.name for alias in node.names} - {"__version__"}  # no room
+                found |= {f"llp.{name}" for name in names}
             else:
                 found.add(node.module or "")
     return found

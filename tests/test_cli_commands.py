@@ -197,7 +197,7 @@ def test_looking_at_studies_needs_neither_torch_nor_ray(study):
 
 
 def test_version(run, monkeypatch):
-    monkeypatch.setattr(cli, "installed_version", lambda name: "9.8.7")
+    monkeypatch.setattr(cli, "__version__", "9.8.7")
     assert run("--version").output == "llp 9.8.7\n"
 
 

@@ -19,7 +19,6 @@ import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +26,7 @@ from typing import Any, Literal
 from ray._private.ray_constants import get_runtime_env_default_excludes
 from ray._private.runtime_env.packaging import create_package
 
+from llp import __version__
 from llp.cluster.jobs import AlreadyThere, Cluster, Submitted
 from llp.errors import EnvironmentProblem, Problem, SpecError, StudyError
 from llp.spec import Spec, checked_name, digest, secrets, study_name, to_yaml
@@ -252,7 +252,7 @@ def send(cluster: Cluster, submission: Submission, driver: Driver, say: Any) -> 
             "llp_attempt": str(attempt),
             "llp_root": submission.root,
             "llp_digest": submission.digest,
-            "llp_version": version("llp"),
+            "llp_version": __version__,
         }
         with packed(submission, driver.python) as package:
             if submission.code is not None:
