@@ -12,6 +12,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
+import platform
 import signal
 import threading
 import time
@@ -29,7 +31,7 @@ from llp.landscape import evaluation_state
 from llp.records import to_plain
 from llp.reporting.landscape_page import write_landscape
 from llp.spec.landscape import LandscapeSpec
-from llp.surroundings import describe_environment
+from llp.surroundings import versions
 from llp.tracking.lock import FileLock
 from llp.training.checkpoint import write_durably
 from llp.training.jobs import is_out_of_memory
@@ -301,9 +303,13 @@ def _write(spec: LandscapeSpec, subject: Subject, run: _Run, folder: Path, comma
 
 
 def _environment(command: str) -> dict[str, Any]:
-    found = describe_environment(command)
-    names = ("llp", "torch", "numpy", "python", "host", "cpus", "command")
-    return {name: found[name] for name in names}
+    return {
+        **versions("torch", "numpy"),
+        "python": platform.python_version(),
+        "host": platform.node(),
+        "cpus": os.cpu_count(),
+        "command": command,
+    }
 
 
 __all__ = ["Outcome", "analyse"]

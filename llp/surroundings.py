@@ -35,15 +35,8 @@ def interruptible() -> Iterator[None]:
 
 def describe_environment(command: str = "") -> dict[str, Any]:
     """Versions, hardware, command and commit, for the ledger."""
-    names = ("torch", "torchvision", "ray", "optuna", "mlflow", "numpy")
-    found: dict[str, Any] = {"llp": __version__}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
     return {
-        **found,
+        **versions("torch", "torchvision", "ray", "optuna", "mlflow", "numpy"),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "host": platform.node(),
@@ -53,6 +46,17 @@ def describe_environment(command: str = "") -> dict[str, Any]:
         "command": command,
         "folder": str(Path.cwd()),
     }
+
+
+def versions(*names: str) -> dict[str, str | None]:
+    """Of this package and others; None for one that is not installed."""
+    found: dict[str, str | None] = {"llp": __version__}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
 
 
 def _gpu_names() -> list[str]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from llp import optim
 from llp.optim import talt as module
+from llp.optim import talt_gradients, talt_parts
 from llp.optim.talt import Talt
 from llp.optim.wrapper import as_matrix, like_matrix
 
@@ -71,10 +72,16 @@ def test_switched_on_it_is_not_its_base() -> None:
     assert float((ends[0] - ends[1]).norm() / ends[0].norm()) > 1e-3
 
 
-def test_the_change_is_v_s_minus_one_v_transposed_and_the_rest_is_kept() -> None:
+@pytest.mark.parametrize(
+    ("dimension", "tall", "exact"),
+    [(16, 0, {True, False}), (8, 2, {True, False}), (4, 2, {False}), (1000, 0, {True})],
+)
+def test_the_change_is_v_s_minus_one_v_transposed_and_the_rest_is_kept(
+    dimension: int, tall: int, exact: set[bool]
+) -> None:
     """Against V as a dense matrix, made of the projection and the directions."""
     model, gradients = network()
-    optimizer = Talt(BASES["sgd"](model.parameters()), min_size=2, projection_dimension=16)
+    optimizer = Talt(BASES["sgd"](model.parameters()), min_size=2, projection_dimension=dimension)
     for _ in range(9):
         gradients()
         optimizer.step()
@@ -84,6 +91,7 @@ def test_the_change_is_v_s_minus_one_v_transposed_and_the_rest_is_kept() -> None
     statistics.change(update=True)
     checked = 0
     parameters = list(model.parameters())
+    assert len(statistics._tall) == tall
     for shape in statistics.shapes:
         projection = shape.down.matrix().double()
         for number in shape.numbers:
@@ -101,7 +109,7 @@ def test_the_change_is_v_s_minus_one_v_transposed_and_the_rest_is_kept() -> None
             assert torch.allclose(rest @ changed, rest @ raw, atol=1e-5 * float(raw.norm()))
             checked += int(bool((s != 1).any()))
     assert checked >= 4  # of 6 tensors; the directions were used
-    assert {shape.down.exact for shape in statistics.shapes} == {True, False}
+    assert {shape.down.exact for shape in statistics.shapes} == exact
 
 
 def test_the_log_says_what_happened_to_the_gradients() -> None:
@@ -311,6 +319,10 @@ def test_a_state_of_other_tensors_is_refused() -> None:
     other = Talt(torch.optim.SGD([nn.Parameter(torch.ones(3))], lr=0.1), min_size=2)
     with pytest.raises(ValueError, match="TALT is of other tensors"):
         other.load_state_dict(optimizer.state_dict())
+    old = optimizer.state_dict()
+    del old["wrapper"]["statistics"][0]["persistence"]["record"]
+    with pytest.raises(ValueError, match="kept by another version"):
+        ravine_run().load_state_dict(old)
 
 
 def resnet20() -> nn.Module:
@@ -337,6 +349,134 @@ def test_it_takes_a_tenth_of_the_memory_of_parameters_and_base_on_resnet20() -> 
     assert memory["num_tensors"] >= 18
     state = optimizer.state_dict()["wrapper"]["statistics"][0]
     assert memory["bytes"] > 4 * (state["covariance"]["biased"].numel() + state["basis"].numel())
+
+
+def tensors_in(thing: Any, found: dict[int, Tensor]) -> None:
+    """Every tensor that `thing` holds on to, by the address of its memory."""
+    if isinstance(thing, Tensor):
+        found[thing.untyped_storage().data_ptr()] = thing
+    elif isinstance(thing, dict):
+        tensors_in(list(thing.values()), found)
+    elif isinstance(thing, list | tuple):
+        for each in thing:
+            tensors_in(each, found)
+    elif type(thing).__module__.startswith("llp."):
+        tensors_in(vars(thing), found)
+
+
+@pytest.mark.parametrize("dimension", [4, 32])
+def test_the_memory_it_tells_is_all_that_it_holds_on_to(dimension: int) -> None:
+    model, _ = network()
+    model.append(nn.Linear(5, 300))  # a tall one
+    optimizer = Talt(BASES["sgd"](model.parameters()), min_size=2, projection_dimension=dimension)
+    for _ in range(12):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+    held: dict[int, Tensor] = {}
+    tensors_in(optimizer._statistics, held)
+    for parameter in model.parameters():
+        del held[parameter.untyped_storage().data_ptr()]
+    held.pop(0, None)
+    total = sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+    assert optimizer.memory()["bytes"] == total
+
+
+@pytest.mark.parametrize(
+    ("shape", "most"),
+    [((200_000,), 4.2), ((1, 20_000), 4.5), ((50_000, 2), 2.3), ((10, 4096), 0.5)],
+)
+def test_large_tensors_of_few_columns_or_rows_take_little_more_than_a_sign_each(
+    shape: tuple[int, ...], most: float
+) -> None:
+    weight = nn.Parameter(torch.zeros(shape))
+    optimizer = Talt(torch.optim.SGD([weight], lr=0.1))
+    for _ in range(12):
+        weight.grad = torch.randn(shape)
+        optimizer.step()
+    assert optimizer.memory()["bytes_per_parameter"] < most
+
+
+def test_where_a_shape_has_no_gradient_nothing_is_computed_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shapes = [(9, 6), (9, 6), (7, 6), (400, 6), (500, 3)]
+    weights = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    optimizer = Talt(torch.optim.SGD(weights, lr=0.1), min_size=2, update_interval=2)
+    read: list[tuple[int, ...]] = []
+    matrices = talt_gradients.Gradients.matrices
+
+    def watched(self: Any, first: int, last: int) -> list[Tensor]:
+        read.extend(tuple(p.shape) for p in self.parameters[first:last])
+        return matrices(self, first, last)
+
+    monkeypatch.setattr(talt_gradients.Gradients, "matrices", watched)
+    for step in range(8):
+        for number, weight in enumerate(weights):
+            weight.grad = torch.randn(weight.shape) if step < 4 or number in (1, 4) else None
+        read.clear()
+        kept = [w.detach().clone() for w in weights]
+        optimizer.step()
+        assert sorted(read) == sorted(shapes if step < 4 else [(9, 6), (9, 6), (500, 3)])
+        changed = [not torch.equal(a, b) for a, b in zip(kept, weights, strict=True)]
+        assert changed == [step < 4, True, step < 4, step < 4, True]
+
+
+def test_a_sparse_gradient_goes_to_the_base_as_it_is() -> None:
+    ends = []
+    for talt in (True, False):
+        torch.manual_seed(0)
+        table, head = nn.Embedding(40, 6, sparse=True), nn.Linear(6, 5)
+        parameters = [*table.parameters(), *head.parameters()]
+        optimizer: Any = torch.optim.SGD(parameters, lr=0.1)
+        if talt:
+            optimizer = Talt(optimizer, min_size=2, update_interval=2)
+        for step in range(8):
+            optimizer.zero_grad()
+            table(torch.tensor([step, 3, step + 20])).square().sum().backward()
+            head.weight.grad = torch.randn(5, 6)
+            optimizer.step()
+        ends.append((table.weight.detach().clone(), head.weight.detach().clone()))
+    assert torch.equal(ends[0][0], ends[1][0])
+    assert not torch.equal(ends[0][1], ends[1][1])
+
+
+def test_a_direction_that_has_not_converged_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = []
+    for converged in (True, False):
+        monkeypatch.setattr(
+            talt_parts.Eigenpairs,
+            "converged",
+            lambda self, tolerance, so=converged: torch.full_like(self.values, so).bool(),
+        )
+        torch.manual_seed(0)
+        weight = nn.Parameter(torch.zeros(12, 6))
+        optimizer = Talt(torch.optim.SGD([weight], lr=0.1), min_size=2, update_interval=5)
+        for _ in range(10):
+            weight.grad = torch.randn(12, 6)
+            optimizer.step()
+        found.append(optimizer._statistics[0].extra[:, :-1])
+    assert float(found[0].min()) < -0.05
+    assert not found[1].any()
+
+
+def test_under_a_default_of_float64_it_is_the_same() -> None:
+    ends = []
+    for default in (torch.float32, torch.float64):
+        torch.set_default_dtype(default)
+        try:
+            weight = nn.Parameter(torch.zeros(40, 9, dtype=torch.float32))
+            optimizer = Talt(torch.optim.SGD([weight], lr=0.1), min_size=2, update_interval=3)
+            generator = torch.Generator().manual_seed(0)
+            for _ in range(9):
+                weight.grad = torch.randn(40, 9, generator=generator, dtype=torch.float32)
+                optimizer.step()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        ends.append(weight.detach().clone())
+    assert torch.equal(*ends)
 
 
 def test_small_tensors_go_to_the_base_as_they_are() -> None:

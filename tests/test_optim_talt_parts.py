@@ -57,6 +57,9 @@ def test_the_projection_is_its_matrix_and_sparse() -> None:
         x = torch.randn(3, size, 4, generator=seeded(1))
         z = torch.randn(3, kept, 4, generator=seeded(2))
         assert torch.allclose(one.lift(z), matrix.T @ z, atol=1e-5)
+        assert torch.allclose(one.add_back(x, z), x + matrix.T @ z, atol=1e-5)
+        assert torch.allclose(one.rows(x), matrix @ x, atol=1e-5)
+        assert torch.allclose(one.columns(x[0].mT), x[0].mT @ matrix.T, atol=1e-5)
         assert torch.allclose(StackedProjection([one] * 3, kept)(x.flatten(0, 1)), matrix @ x)
 
 

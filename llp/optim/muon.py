@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from llp.optim import Parameters
-from llp.optim.wrapper import as_matrix
+from llp.optim.wrapper import as_matrix, attributes
 
 SCALE, SCALE_FACTOR = "match_rms_adamw", 0.2
 
@@ -34,7 +34,16 @@ class BatchedMuon(torch.optim.Muon):
     """`torch.optim.Muon`, options and state included, with the matrices of one shape in one batch.
 
     The numbers are torch's up to the order of sums in bfloat16, in which the iterations are made.
+    Steps are scaled as AdamW's (`adjust_lr_fn="match_rms_adamw"`), and in no other way.
+
+    Raises:
+        ValueError: Another `adjust_lr_fn`, or what `torch.optim.Muon` refuses.
     """
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        if options.setdefault("adjust_lr_fn", SCALE) != SCALE:
+            raise ValueError(f"adjust_lr_fn must be {SCALE!r}, not {options['adjust_lr_fn']!r}")
+        super().__init__(params, **options)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -164,7 +173,6 @@ class MuonAdamW(Optimizer):
             momentum=momentum,
             nesterov=nesterov,
             ns_steps=newton_schulz_steps,
-            adjust_lr_fn=SCALE,
         )
         self.adamw = AdamW(
             adamw_groups, lr=learning_rate, weight_decay=weight_decay, betas=betas, eps=epsilon
@@ -181,6 +189,8 @@ class MuonAdamW(Optimizer):
             for group, own in zip(self.param_groups, inner.param_groups, strict=True):
                 own["lr"], own["weight_decay"] = group["lr"], group["weight_decay"]
         for parameter, face in self._pairs:
+            if parameter.grad is not None and parameter.grad.is_sparse:
+                raise RuntimeError("Muon does not take sparse gradients")
             # Again every time: the weight may have been moved to another device or layout.
             face.data = as_matrix(parameter.detach())
             face.grad = None if parameter.grad is None else _as_laid_out(parameter.grad, parameter)
@@ -189,6 +199,10 @@ class MuonAdamW(Optimizer):
         for _, face in self._pairs:
             face.grad = None
         return loss
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For `copy` and `pickle`."""
+        return attributes(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """See `torch.optim.Optimizer`; not possible after the constructor."""

@@ -66,6 +66,34 @@ class SparseProjection:
         """Whether nothing is mixed: as many numbers come out as go in."""
         return self.dimension == self.size
 
+    def rows(self, matrices: Tensor) -> Tensor:
+        """`P G` for `matrices` `[count, size, n]`: `[count, dimension, n]`."""
+        if self.exact:
+            return matrices
+        if self._missing:
+            matrices = functional.pad(matrices, (0, 0, 0, self._missing))
+        signed = matrices * self.signs.unsqueeze(1)
+        return signed.view(len(matrices), self.rounds, self.dimension, -1).sum(1)
+
+    def columns(self, rows: Tensor) -> Tensor:
+        """`G P^T` for the rows of matrices, `[n, size]`: `[n, dimension]`."""
+        if self.exact:
+            return rows
+        if self._missing:
+            rows = functional.pad(rows, (0, self._missing))
+        return (rows * self.signs).view(len(rows), self.rounds, self.dimension).sum(1)
+
+    def add_back(self, matrices: Tensor, projected: Tensor) -> Tensor:
+        """`G + P^T Z` for `matrices` `[count, size, n]` and `projected` `[count, dimension, n]`."""
+        if self.exact:
+            return matrices + projected
+        count, _, n = matrices.shape
+        if self._missing:
+            matrices = functional.pad(matrices, (0, 0, 0, self._missing))
+        blocks = matrices.view(count, self.rounds, self.dimension, n)
+        signs = self.signs.view(self.rounds, self.dimension, 1)
+        return torch.addcmul(blocks, projected.unsqueeze(1), signs).flatten(1, 2)[:, : self.size]
+
     def lift(self, vectors: Tensor) -> Tensor:
         """`P^T V` for `vectors` `[count, dimension, n]`: `[count, size, n]`."""
         if self.exact:
@@ -74,7 +102,7 @@ class SparseProjection:
         return (vectors.unsqueeze(1) * signs).flatten(1, 2)[:, : self.size]
 
     def matrix(self) -> Tensor:
-        """P as a dense matrix `[dimension, size]`; for looking at it."""
+        """P as a dense matrix `[dimension, size]`."""
         if self.exact:
             return torch.eye(self.size, device=self.signs.device)
         blocks = torch.diag_embed(self.signs.view(self.rounds, self.dimension))
@@ -101,7 +129,8 @@ class StackedProjection:
             order = torch.arange(own.rounds * own.dimension).view(own.rounds, -1).mT.flatten()
             order = order[order < own.size]  # bucket by bucket
             members.append(order + first)
-            signs.append(torch.ones(own.size) if own.exact else own.signs.cpu()[order])
+            chosen = own.signs.cpu()[order]
+            signs.append(chosen.abs() if own.exact else chosen)  # an exact map is the identity
             sizes.append(functional.pad(own.bucket_sizes.cpu().long(), (0, rows - own.dimension)))
             first += own.size
         self._members = torch.cat(members).int().to(device)
@@ -122,9 +151,9 @@ class StackedProjection:
         return found.view(-1, self.rows, matrices.shape[1])
 
     @property
-    def bytes(self) -> int:
-        """Memory of all it keeps."""
-        return nbytes(self._members, self._signs, self._offsets)
+    def kept(self) -> list[Tensor]:
+        """All it keeps."""
+        return [self._members, self._signs, self._offsets]
 
 
 class IncrementalCovariance:
@@ -316,8 +345,9 @@ def orthonormal(vectors: Tensor) -> Tensor:
     """What Gram-Schmidt makes of the columns of `vectors` `[count, n, num]`, in their order.
 
     By the Cholesky factor of their products, in float64: a few launches on a GPU, and not five for
-    every column. A column of zeros stays one, and one that depends on those before it becomes one
-    but for rounding; up to a condition of some 1e3 the others are as exact as float32 is.
+    every column. A column of zeros stays one, and one that depends on those before it but for the
+    rounding of float32 is left with a length of a few hundredths; up to a condition of some 1e3 the
+    others are as exact as float32 is.
     """
     exact = vectors.double()
     products = torch.bmm(exact.mT, exact)
@@ -369,7 +399,7 @@ class Oscillation:
     """
 
     def __init__(self, count: int, rows: int, columns: int, device: torch.device | str) -> None:
-        self.mean = torch.zeros(count, rows, columns, device=device)
+        self.mean = torch.zeros(count, rows, columns, dtype=torch.float32, device=device)
 
     def update(self, matrices: Tensor, weights: Sequence[float]) -> None:
         """Takes in a gradient of each; for `weights` see `IncrementalCovariance.update`."""
@@ -399,8 +429,9 @@ class Persistence:
     def __init__(
         self, count: int, directions: int, columns: int, device: torch.device | str
     ) -> None:
-        self.pair = torch.zeros(count, directions, 2, columns, device=device)
-        self._record = torch.zeros(count, directions, 6, device=device)
+        shape = count, directions
+        self.pair = torch.zeros(*shape, 2, columns, dtype=torch.float32, device=device)
+        self._record = torch.zeros(*shape, 6, dtype=torch.float32, device=device)
         self.seen = [False] * count
 
     @property
@@ -506,19 +537,25 @@ def valley(
 
 
 def nbytes(*values: Any) -> int:
-    """Bytes of all tensors in the nested `values`."""
-    total = 0
-    for value in values:
+    """Bytes of the memory behind all tensors in the nested `values`, what they share counted once.
+
+    A view keeps all of the tensor that it is of.
+    """
+    storages: dict[int, int] = {}
+    waiting = list(values)
+    while waiting:
+        value = waiting.pop()
         if isinstance(value, Tensor):
-            total += value.numel() * value.element_size()
+            storage = value.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
         elif isinstance(value, dict):
-            total += nbytes(*value.values())
+            waiting += value.values()
         elif isinstance(value, list | tuple):
-            total += nbytes(*value)
-    return total
+            waiting += value
+    return sum(storages.values())
 
 
 def random_start(count: int, rows: int, num: int, generator: torch.Generator) -> Tensor:
     """`[count, rows, num]` orthonormal columns to begin a power iteration with."""
-    drawn = torch.randn(count, rows, num, generator=generator)
+    drawn = torch.randn(count, rows, num, generator=generator, dtype=torch.float32)
     return torch.linalg.qr(drawn).Q if num <= rows else drawn / math.sqrt(rows)

@@ -122,9 +122,25 @@ class Wrapper(Optimizer):
         self._share()
         self.load_own_state(state_dict["wrapper"])
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For `copy` and `pickle`."""
+        return attributes(self)
+
     def parameters_with_gradient(self) -> list[Tensor]:
         """Those that take part in this step, in the order of the groups."""
         return [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+
+
+def attributes(optimizer: Optimizer) -> dict[str, Any]:
+    """What `copy` and `pickle` need of an optimizer that has more than groups and state.
+
+    Hooks, and what schedules make of `step`, are left out, as torch does.
+    """
+    return {
+        name: value
+        for name, value in vars(optimizer).items()
+        if name != "step" and not name.startswith("_optimizer_")
+    }
 
 
 def gradients_per_step(optimizer: Optimizer) -> tuple[int, bool]:
