@@ -30,6 +30,8 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "dropout": _UNIT,
     "decay": _UNIT,
     "swa_start": _UNIT,
+    "projection_dimension": (lambda value: value >= 2, "at least 2"),
+    "newton_schulz_steps": (lambda value: 1 <= value < 100, "at least 1 and below 100"),
     "ema_decay": _UNIT,
     "epsilon": _POSITIVE,
     "rho": _POSITIVE,
@@ -98,12 +100,14 @@ def faults(
         if not defaults:
             kind = table.removesuffix("s").replace("_", " ")
             yield f"{path}.{option}", _no_option(kind, " or ".join(options), option, every)
-        elif wrong := fault(option, value, defaults[0]):
+        elif wrong := fault(option, value, defaults[0], table=table):
             yield f"{path}.{option}", wrong
 
 
-def fault(option: str, value: Any, default: Any) -> str | None:
+def fault(option: str, value: Any, default: Any, *, table: str = "") -> str | None:
     """Why `value` is not possible for an option with this `default`; None when it is.
+
+    `table` is that of what the option belongs to, where it is known.
 
     >>> fault("width", 2.5, 16)
     'must be a whole number, not 2.5'
@@ -118,6 +122,8 @@ def fault(option: str, value: Any, default: Any) -> str | None:
             if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
                 return f"must be {words}, not {shown(value)}"
             break
+    if table == "optimizers" and option == "base":
+        return _no_base(value)
     if isinstance(value, bool | str) or not isinstance(value, int | float):
         return None
     if option in _RANGES and not _RANGES[option][0](value):
@@ -125,6 +131,15 @@ def fault(option: str, value: Any, default: Any) -> str | None:
     if isinstance(default, int) and default >= 1 > value:
         return f"must be at least 1, not {value:g}"
     return None
+
+
+def _no_base(name: str) -> str | None:
+    """Why no optimizer can be put around the optimizer `name`."""
+    outer = [row for row, entry in registry.TABLES["optimizers"].items() if "base" in entry.options]
+    if name in outer:
+        inner = sorted(set(registry.entries("optimizers")) - set(outer))
+        return f"'{name}' is itself put around another; choose one of: {', '.join(inner)}"
+    return unusable("optimizers", name, without=outer)
 
 
 def _no_option(kind: str, names: str, option: str, known: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ with `when`, or it would be drawn for trials that ignore it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -151,11 +152,8 @@ def _read(spec: Spec, *, skip_conditions: bool) -> Iterator[Finding]:
         else:
             kind = reading[0]
             default = readers[kind][kinds[kind][0]][name]
-            yield from _values(
-                path,
-                domain,
-                lambda value, name=name, default=default: options.fault(name, value, default),
-            )
+            of = partial(options.fault, name, default=default, table=f"{kind}s")
+            yield from _values(path, domain, of)
             yield from _numeric(path, name, domain, default)
             if not skip_conditions:
                 yield from _always_read(spec, name, kind, [*readers[kind]], kinds[kind])
