@@ -17,6 +17,7 @@ nothing is computed for it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -121,24 +122,22 @@ class Alike:
         self._gradients = Gradients([p for shape in shapes for p in shape.parameters])
         dense = not across.exact and self.num_rows >= DENSE * across.dimension
         self._across = across.matrix().mT.contiguous() if dense else across
+        ends = list(accumulate((len(shape.numbers) for shape in shapes), initial=0))
+        self._places = list(pairwise(ends))  # of each shape's gradients among all
+        self._sizes = [shape.num_rows for shape in shapes]
         self._directions: list[tuple[Tensor, Tensor]] = []  # of each shape: V (S - I), V^T
         self._rows: list[Tensor | None] = []  # of each shape, within a step
 
     def take(self, reduced: Tensor) -> list[bool]:
         """Reads the gradients and writes their rows, with few columns, to `reduced`."""
         present = self._gradients.read()
-        places, first = [], 0
-        for shape in self.shapes:
-            places.append((first, first + len(shape.numbers)))
-            first += len(shape.numbers)
-        sizes = [shape.num_rows for shape in self.shapes]
-        if all(any(present[a:b]) for a, b in places):
-            rows = torch.cat(self._gradients.matrices(0, first)).float()
-            self._rows = list(torch.split(rows, sizes))
+        if all(any(present[a:b]) for a, b in self._places):
+            rows = torch.cat(self._gradients.matrices(0, len(present))).float()
+            self._rows = list(torch.split(rows, self._sizes))
             self._reduce(rows, reduced)
             return present
         self._rows = []
-        for (a, b), part in zip(places, torch.split(reduced, sizes), strict=True):
+        for (a, b), part in zip(self._places, torch.split(reduced, self._sizes), strict=True):
             if any(present[a:b]):
                 rows = torch.cat(self._gradients.matrices(a, b)).float()
                 self._reduce(rows, part)
@@ -169,18 +168,15 @@ class Alike:
         """What the gradients are to be changed to."""
         targets: list[Tensor] = []
         values: list[Tensor] = []
-        first = 0
-        for shape, (scaled, turned), rows in zip(
-            self.shapes, self._directions, self._rows, strict=True
-        ):
-            count = len(shape.numbers)
-            if rows is not None:
-                stack = rows.view(count, shape.down.size, -1)
-                stack.baddbmm_(scaled, torch.bmm(turned, stack))
-                there, changed = self._gradients.changes(first, stack.unbind(0))
-                targets += there
-                values += changed
-            first += count
+        parts = zip(self._places, self._directions, self._rows, strict=True)
+        for (first, last), (scaled, turned), rows in parts:
+            if rows is None:
+                continue
+            stack = rows.view(last - first, -1, rows.shape[1])
+            stack.baddbmm_(scaled, torch.bmm(turned, stack))
+            there, changed = self._gradients.changes(first, stack.unbind(0))
+            targets += there
+            values += changed
         return targets, values
 
     def forget(self) -> None:
