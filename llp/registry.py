@@ -171,6 +171,9 @@ OPTIMIZERS: dict[str, Entry] = {
     ),
 }
 
+SEVERAL_GRADIENTS = ("asam", "entropy_sgd", "sam")
+"""Rows of `OPTIMIZERS` that take several gradients a step, and so cannot be the base of another."""
+
 AVERAGINGS: dict[str, Entry] = {
     "none": Entry("llp.optim.averaging:none", "the weights themselves"),
     "swa": Entry(

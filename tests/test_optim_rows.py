@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from llp import optim, registry
 from llp.errors import SpecError
 from llp.optim.muon import BatchedMuon
+from llp.optim.wrapper import gradients_per_step
 
 ROWS = sorted(registry.OPTIMIZERS)
 LEARNING_RATE = {"sgd": 0.02, "sam": 0.02, "asam": 0.02, "entropy_sgd": 0.02, "talt": 0.02}
@@ -336,12 +337,18 @@ def test_weight_decay_acts_on_biases_too() -> None:
     assert torch.allclose(layer.bias.detach(), before * (1 - 0.5 * LEARNING_RATE["sgd"]))
 
 
-@pytest.mark.parametrize("base", ["sgd", "adam", "adamw", "muon"])
+@pytest.mark.parametrize("name", ROWS)
+def test_the_table_says_which_rows_take_several_gradients(name: str) -> None:
+    optimizer = make(name, [nn.Parameter(torch.ones(4, 3))])
+    assert (gradients_per_step(optimizer)[0] > 1) == (name in registry.SEVERAL_GRADIENTS)
+
+
+@pytest.mark.parametrize("base", ["sgd", "adam", "adamw", "muon", "talt"])
 @pytest.mark.parametrize("name", AROUND)
 def test_any_optimizer_can_be_the_base(name: str, base: str) -> None:
     model, loss = network()
     before = float(loss().detach())
-    rate = 0.1 if base == "sgd" else 0.01
+    rate = 0.1 if base in ("sgd", "talt") else 0.01
     options = {**OPTIONS.get(name, {}), "base": base}
     optimizer = optim.build(
         name, model.parameters(), learning_rate=rate, weight_decay=0.0, **options

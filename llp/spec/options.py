@@ -135,11 +135,11 @@ def fault(option: str, value: Any, default: Any, *, table: str = "") -> str | No
 
 def _no_base(name: str) -> str | None:
     """Why no optimizer can be put around the optimizer `name`."""
-    outer = [row for row, entry in registry.TABLES["optimizers"].items() if "base" in entry.options]
-    if name in outer:
-        inner = sorted(set(registry.entries("optimizers")) - set(outer))
-        return f"'{name}' is itself put around another; choose one of: {', '.join(inner)}"
-    return unusable("optimizers", name, without=outer)
+    several = registry.SEVERAL_GRADIENTS
+    if name in several:
+        others = sorted(set(registry.entries("optimizers")) - set(several))
+        return f"'{name}' takes several gradients a step itself; choose one of: {', '.join(others)}"
+    return unusable("optimizers", name, without=several)
 
 
 def _no_option(kind: str, names: str, option: str, known: Sequence[str]) -> str:
