@@ -161,8 +161,7 @@ class Alike:
         self._directions = []
         for shape in self.shapes:
             own = shape.range, slice(shape.down.dimension)
-            lifted = shape.down.lift(basis[own]).mT
-            self._directions.append((shape.down.lift(scaled[own]), lifted))
+            self._directions.append((shape.down.lift(scaled[own]), shape.down.lift(basis[own]).mT))
 
     def change(self) -> Changes:
         """What the gradients are to be changed to."""

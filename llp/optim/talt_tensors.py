@@ -82,7 +82,6 @@ class TensorStatistics:
         self._groups: list[Alike | Tall] = [*self._alike, *self._tall]
         self.shapes = [shape for group in self._alike for shape in group.shapes]
         maps = [shape.down for shape in self.shapes for _ in shape.numbers]
-        self._num_short = len(maps)
         self.shapes += [group.shape for group in self._tall]
         self.numbers = [number for shape in self.shapes for number in shape.numbers]
         count, device = len(self.numbers), parameters[0][1].device
@@ -90,7 +89,7 @@ class TensorStatistics:
         columns = max(group.num_reduced for group in self._groups)
         self._down = StackedProjection(maps, rows, device) if maps else None
         self._num_rows = [group.num_rows for group in self._alike]
-        self._sketched = count, rows, columns
+        self._sketched = rows, columns
         steep = min(options.num_directions, rows - 1)
         self._root = torch.ones(count, rows, 1, dtype=torch.float32, device=device)
         own_rows, own_columns = torch.zeros(2, count, dtype=torch.float32)
@@ -141,20 +140,19 @@ class TensorStatistics:
 
     def _take(self) -> tuple[Tensor, list[bool]]:
         """The gradients, reduced, `[count, rows, columns]`, and which of them are there."""
-        count, rows, columns = self._sketched
-        sketch, present = self._root.new_empty(0), []
+        rows, columns = self._sketched
+        sketches: list[Tensor] = []
+        present: list[bool] = []
         if self._down is not None:
             reduced = self._root.new_empty(sum(self._num_rows), columns)
             for group, part in zip(self._alike, torch.split(reduced, self._num_rows), strict=True):
                 present += group.take(part)
-            sketch = self._down(reduced)
-        if self._tall:
-            whole = self._root.new_empty(count, rows, columns)
-            whole[: self._num_short] = sketch if self._num_short else 0.0
-            for tall in self._tall:
-                present += tall.take(whole[tall.shape.range])
-            sketch = whole
-        return sketch, present
+            sketches.append(self._down(reduced))
+        for tall in self._tall:
+            sketch = self._root.new_empty(len(tall.shape.numbers), rows, columns)
+            present += tall.take(sketch)
+            sketches.append(sketch)
+        return sketches[0] if len(sketches) == 1 else torch.cat(sketches), present
 
     def _update(self, sketch: Tensor) -> Tensor:
         """New directions and their S; a row of the log for every tensor."""
